@@ -1,0 +1,25 @@
+"""Pipeline schedules as data: generate -> check -> compile -> execute. Needs no torch, `execute.py` aside."""
+
+from pipehc.schedules.actions import Action, Pair
+from pipehc.schedules.check import ScheduleError, check
+from pipehc.schedules.compile import compile
+from pipehc.schedules.families import FAMILIES, build
+from pipehc.schedules.placement import Placement
+from pipehc.schedules.program import Program
+from pipehc.schedules.schedule import Schedule
+from pipehc.schedules.verify import ProgramError, verify
+
+__all__ = [
+    "FAMILIES",
+    "Action",
+    "Pair",
+    "Placement",
+    "Program",
+    "ProgramError",
+    "Schedule",
+    "ScheduleError",
+    "build",
+    "check",
+    "compile",
+    "verify",
+]

@@ -1,0 +1,165 @@
+"""Proves that a schedule is complete and can run: every action once, in an order that no message timing can block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipehc.schedules.actions import Action, actions_of, flatten
+from pipehc.schedules.schedule import Schedule
+
+Place = tuple[int, int]  # rank, index in its row
+
+
+class ScheduleError(ValueError):
+    """A schedule that cannot run: says why in one sentence and shows the offending cells inside their rows."""
+
+    def __init__(self, reason: str, schedule: Schedule | None = None, places: Iterable[Place] = ()) -> None:
+        self.reason, self.places = reason, tuple(places)
+        super().__init__(reason if schedule is None else "\n".join([reason, *_excerpt(schedule, self.places)]))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `check` learned. peak_live[rank]: activations alive at once, F start to W end, in units of 1/P of the model."""
+
+    peak_live: tuple[float, ...]
+
+
+def check(schedule: Schedule) -> Facts:
+    """Raises ScheduleError unless every forward and backward is there exactly once, on its rank, in an order that can run.
+
+    A backward is one B, or one I and one W. A deadlock is a circle of actions that wait for each other, through the order within a
+    rank and through messages; because no rank ever waits for a *send*, a schedule without such a circle ends at any message timing.
+    """
+    where = _locate(schedule)
+    _check_complete(schedule, where)
+    order = _topological_order(schedule, where)
+    assert len(order) == sum(len(row) for row in schedule.rows)
+    return Facts(tuple(_peak_live(schedule, rank) for rank in range(schedule.ranks)))
+
+
+def producer(schedule: Schedule, action: Action) -> tuple[Action, ...]:
+    """The actions of which any one must have run before `action` can: F of the stage before, backward of the stage after."""
+    kind, stage, microbatch, lane = action
+    if kind == "F":
+        return (Action("F", stage - 1, microbatch, lane),) if stage else ()
+    if kind == "W":
+        return (Action("I", stage, microbatch, lane),)
+    if kind in "BI" and stage + 1 < schedule.placement.stages:
+        return (Action("B", stage + 1, microbatch, lane), Action("I", stage + 1, microbatch, lane))
+    return (Action("F", stage, microbatch, lane),)
+
+
+def _locate(schedule: Schedule) -> dict[Action, Place]:
+    placement = schedule.placement
+    where: dict[Action, Place] = {}
+    if len(schedule.rows) != placement.ranks:
+        raise ScheduleError(f"{len(schedule.rows)} rows for the {placement.ranks} ranks of the placement")
+    for rank, row in enumerate(schedule.rows):
+        for index, cell in enumerate(row):
+            for action in actions_of(cell):
+                place = (rank, index)
+                if not (0 <= action.lane < placement.lanes and 0 <= action.stage < placement.stages):
+                    raise ScheduleError(f"{action}: no such lane or stage in the placement", schedule, [place])
+                if action.microbatch not in schedule.lane_microbatches(action.lane):
+                    own = schedule.lane_microbatches(action.lane)
+                    reason = f"{action}: lane {action.lane} carries micro-batches {own.start} to {own.stop - 1}"
+                    raise ScheduleError(reason, schedule, [place])
+                if (home := placement.rank(action.lane, action.stage)) != rank:
+                    raise ScheduleError(f"{action} is on rank {rank}, but its stage lives on rank {home}", schedule, [place])
+                if action in where:
+                    raise ScheduleError(f"{action} is there twice", schedule, [where[action], place])
+                where[action] = place
+    return where
+
+
+def _check_complete(schedule: Schedule, where: dict[Action, Place]) -> None:
+    placement = schedule.placement
+    for lane in range(placement.lanes):
+        for stage in range(placement.stages):
+            rank = placement.rank(lane, stage)
+            for microbatch in schedule.lane_microbatches(lane):
+                F, B, I, W = (Action(kind, stage, microbatch, lane) for kind in "FBIW")  # type: ignore[arg-type]
+                if F not in where:
+                    raise ScheduleError(f"{F} is missing on rank {rank}", schedule, [(rank, 0)])
+                there = [a for a in (B, I, W) if a in where]
+                if schedule.forward_only:
+                    if there:
+                        raise ScheduleError(f"{there[0]} in a forward-only schedule", schedule, [where[there[0]]])
+                    continue
+                if there != [B] and there != [I, W]:
+                    found = "no backward" if not there else "only " + " and ".join(map(str, there))
+                    reason = f"{B} on rank {rank}: {found}; needs one B, or one I and one W"
+                    raise ScheduleError(reason, schedule, [where[a] for a in (F, *there)])
+                for earlier, later in zip([F, *there], there):
+                    if where[earlier] >= where[later]:
+                        reason = f"{later} comes before {earlier}, which it needs"
+                        raise ScheduleError(reason, schedule, [where[later], where[earlier]])
+                if (R := Action("R", stage, microbatch, lane)) in where and not where[F] < where[R] < where[there[0]]:
+                    reason = f"{R} must lie between {F} and {there[0]}"
+                    raise ScheduleError(reason, schedule, [where[a] for a in (F, R, there[0])])
+
+
+def _topological_order(schedule: Schedule, where: dict[Action, Place]) -> list[Place]:
+    """An order in which all cells can run. Raises ScheduleError, marking where every rank is stuck, if there is none."""
+    done: set[Action] = set()
+    position = [0] * schedule.ranks
+    waiting: dict[Action, list[int]] = {}  # action that is not done -> ranks stuck until it is
+    order: list[Place] = []
+    runnable = list(range(schedule.ranks))
+    while runnable:
+        rank = runnable.pop()
+        row = schedule.rows[rank]
+        while position[rank] < len(row):
+            cell = row[position[rank]]
+            missing = _missing(schedule, cell, where, done)
+            if missing is not None:
+                waiting.setdefault(missing, []).append(rank)
+                break
+            order.append((rank, position[rank]))
+            position[rank] += 1
+            for action in actions_of(cell):
+                done.add(action)
+                runnable.extend(waiting.pop(action, ()))
+    stuck = [(rank, position[rank]) for rank in range(schedule.ranks) if position[rank] < len(schedule.rows[rank])]
+    if stuck:
+        waits = [
+            f"rank {rank} at {schedule.rows[rank][index]} waits for {_missing(schedule, schedule.rows[rank][index], where, done)}"
+            for rank, index in stuck
+        ]
+        raise ScheduleError("deadlock: " + "; ".join(waits), schedule, stuck)
+    return order
+
+
+def _missing(schedule: Schedule, cell: Action | tuple, where: dict[Action, Place], done: set[Action]) -> Action | None:
+    """The first action that `cell` still waits for. A pair waits for both of its halves' inputs."""
+    for action in actions_of(cell):  # type: ignore[arg-type]
+        needed = producer(schedule, action)
+        if needed and not any(a in done for a in needed):
+            return next((a for a in needed if a in where), needed[0])
+    return None
+
+
+def _peak_live(schedule: Schedule, rank: int) -> float:
+    live = peak = 0
+    for action in flatten(schedule.rows[rank]):
+        if action.kind == "F":
+            live += 1
+            peak = max(peak, live)
+        elif action.kind in "BW":
+            live -= 1
+    return peak * schedule.placement.share
+
+
+def _excerpt(schedule: Schedule, places: tuple[Place, ...], around: int = 4) -> list[str]:
+    """The rows of the offending ranks near the offending cells, those between >> and <<."""
+    lines = []
+    for rank in sorted({rank for rank, _ in places}):
+        marked = {index for at, index in places if at == rank}
+        row = schedule.rows[rank]
+        low, high = max(0, min(marked) - around), min(len(row), max(marked) + around + 1)
+        cells = [f">>{row[i]}<<" if i in marked else str(row[i]) for i in range(low, high)]
+        ends = ("... " if low else ""), (" ..." if high < len(row) else "")
+        lines.append(f"  rank {rank}: {ends[0]}{' '.join(cells)}{ends[1]}")
+    return lines
