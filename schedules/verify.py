@@ -1,9 +1,9 @@
 """Proves that a compiled program ends, whatever the timing of its messages, and that it moves the right data.
 
 The argument. Hosts issue instructions in order; posts and sends return at once; a wait ends when its message has arrived. An edge
-is a FIFO, so a message arrives when it and all earlier ones of its edge are both sent and posted. If posts and sends of every edge
-have the same order, 'all earlier ones' follows from program order. What is left is a graph: program order, and send -> wait. Without
-a circle in it some instruction can always go on, at any speed of any rank or link.
+is a FIFO, so a message arrives when it and all earlier ones of its edge are both sent and posted. If posts and sends of an edge
+have the same order, 'all earlier ones' follows from program order. What is left is a graph: program order, and send -> wait.
+Without a circle in it some instruction can always go on, at any speed of any rank or link.
 """
 
 from __future__ import annotations

@@ -1,0 +1,104 @@
+"""Stage messages over torch.distributed: receives posted ahead, sends that nobody waits for, buffers held until they are free."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from pipehc.comm.groups import Edge
+
+
+class PeerError(RuntimeError):
+    """A message did not come or could not be sent: the peer is gone, or slower than the time limit."""
+
+
+class _Pending(NamedTuple):
+    work: dist.Work
+    tensor: torch.Tensor
+    since: float
+
+
+class Mailbox:
+    """The messages of one rank for one step. Every message is one tensor of `shape` and `dtype`.
+
+    groups: a process group per directed edge (see `edge_groups`). shape, dtype, device: of every message. timeout_s: how long a
+    wait may take before PeerError.
+    """
+
+    def __init__(
+        self,
+        groups: dict[Edge, dist.ProcessGroup],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        timeout_s: float = 120.0,
+    ) -> None:
+        self._groups, self._shape, self._dtype, self._device = groups, shape, dtype, device
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._received: dict[tuple, _Pending] = {}
+        self._sent: list[tuple[tuple, _Pending]] = []
+
+    def post(self, message: tuple, edge: Edge) -> None:
+        """Posts the receive of `message` on `edge`. Posts of an edge must have the order of the peer's sends."""
+        tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        try:
+            work = dist.irecv(tensor, group=self._groups[edge], group_src=_position(edge, edge[0]))
+        except RuntimeError as error:
+            raise PeerError(f"cannot receive the {message}: {_first_line(error)}") from error
+        assert work is not None
+        self._received[message] = _Pending(work, tensor, time.monotonic())
+
+    def wait(self, message: tuple) -> torch.Tensor:
+        """The tensor of a posted message, once it has arrived; on CUDA the current stream waits, the host does not."""
+        pending = self._received.pop(message)
+        self._finish(pending, f"waiting for the {message}")
+        return pending.tensor
+
+    def send(self, message: tuple, edge: Edge, tensor: torch.Tensor) -> None:
+        """Starts sending and returns; the tensor is held until the peer has it. Raises ValueError on a wrong shape or dtype."""
+        if tuple(tensor.shape) != self._shape or tensor.dtype != self._dtype:
+            raise ValueError(
+                f"{message}: the stage returned {tuple(tensor.shape)} {tensor.dtype}, "
+                f"its neighbour expects {self._shape} {self._dtype}"
+            )
+        tensor = tensor.detach().contiguous()
+        try:
+            work = dist.isend(tensor, group=self._groups[edge], group_dst=_position(edge, edge[1]))
+        except RuntimeError as error:
+            raise PeerError(f"cannot send the {message}: {_first_line(error)}") from error
+        assert work is not None
+        self._sent.append((message, _Pending(work, tensor, time.monotonic())))
+
+    def drain(self) -> None:
+        """Waits until every send is done. At the end of a step, when every peer has posted all it will."""
+        for message, pending in self._sent:
+            self._finish(pending, f"sending the {message}")
+        self._sent.clear()
+        assert not self._received, f"posted but never used: {list(self._received)}"
+
+    def _finish(self, pending: _Pending, doing: str) -> None:
+        try:
+            # CUDA: wait() with a limit would block the host; there the limit is the process group's own.
+            done = pending.work.wait() if pending.tensor.is_cuda else pending.work.wait(self._timeout)
+        except RuntimeError as error:
+            waited = time.monotonic() - pending.since
+            raise PeerError(f"{doing} failed after {waited:.1f} s, {_bytes(pending.tensor)}: {_first_line(error)}") from error
+        if done is False:
+            raise PeerError(f"{doing} took longer than {self._timeout.total_seconds():.0f} s, {_bytes(pending.tensor)}")
+
+
+def _position(edge: Edge, rank: int) -> int:
+    """Position in the edge's group, whose ranks torch has sorted (pipeline position order = global order)."""
+    return sorted(edge).index(rank)
+
+
+def _bytes(tensor: torch.Tensor) -> str:
+    return f"{tensor.numel() * tensor.element_size()} bytes"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
