@@ -1,0 +1,116 @@
+"""Process groups: Megatron's own, plus mirrored data-parallel groups when every stage exists twice (DualPipe)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from pipehc.megatron import cpu
+
+
+@dataclass
+class Groups:
+    """Where this rank stands. Ranks are laid out as `pp_rank * (dp * tp) + dp_rank * tp + tp_rank`: Megatron's default order.
+
+    `dp` is the data-parallel group of this pipeline position alone: what shares out batches. The groups that sum gradients are in
+    `collection` (dp_cp, expt_dp): with `replicated` they also span the mirrored pipeline position, which holds the same stages.
+    """
+
+    pp: dist.ProcessGroup
+    pp_rank: int
+    pp_size: int
+    tp: dist.ProcessGroup
+    tp_rank: int
+    tp_size: int
+    dp: dist.ProcessGroup
+    dp_rank: int
+    dp_size: int
+    ep: dist.ProcessGroup
+    ep_rank: int
+    ep_size: int
+    replicated: bool
+    collection: ProcessGroupCollection  # for the modules, DDP and the optimizer
+    mirrored: list[dist.ProcessGroup]  # the groups made here rather than by Megatron
+
+    def destroy(self) -> None:
+        """Forget these groups, so that `build_groups` can lay the same processes out anew. Collective."""
+        for group in self.mirrored:
+            dist.destroy_process_group(group)
+        parallel_state.destroy_model_parallel()
+
+
+def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
+    """Build all process groups; torch.distributed must be initialised, and every rank of the world must call this.
+
+    Args:
+        pp, tp, ep: sizes of pipeline, tensor and expert parallelism; data parallelism is what the world leaves.
+        replicated: pipeline positions r and pp-1-r hold the same stages (DualPipe), so their gradients are summed.
+
+    Raises:
+        ValueError: if the sizes do not fit the world or one another.
+    """
+    world = dist.get_world_size()
+    if world % (pp * tp):
+        raise ValueError(f"parallel.pp x parallel.tp = {pp} x {tp} does not divide the number of processes, {world}")
+    dp = world // (pp * tp)
+    if (dp * tp) % ep:
+        raise ValueError(f"parallel.ep = {ep} does not divide the {dp * tp} processes of one pipeline position")
+    if replicated and pp % 2:
+        raise ValueError(f"parallel.pp = {pp}: two replicas of every stage need an even number of pipeline ranks")
+    if not torch.cuda.is_available():
+        cpu.install()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=False,
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    own_dp = collection.dp
+    # The distributed optimizer gives every parameter element one owner in the world: the gradient norm sums over all ranks.
+    collection.intra_dist_opt = dist.group.WORLD
+    mirrored = _mirror(collection, pp, dp, tp, ep) if replicated else []
+    return Groups(
+        pp=collection.pp,
+        pp_rank=collection.pp.rank(),
+        pp_size=pp,
+        tp=collection.tp,
+        tp_rank=collection.tp.rank(),
+        tp_size=tp,
+        dp=own_dp,
+        dp_rank=own_dp.rank(),
+        dp_size=dp,
+        ep=collection.ep,
+        ep_rank=collection.ep.rank(),
+        ep_size=ep,
+        replicated=replicated,
+        collection=collection,
+        mirrored=mirrored,
+    )
+
+
+def _mirror(collection: ProcessGroupCollection, pp: int, dp: int, tp: int, ep: int) -> list[dist.ProcessGroup]:
+    """Replace the data-parallel groups of `collection` by their unions over pipeline positions r and pp-1-r."""
+    position = dp * tp  # ranks at one pipeline position
+    dense, experts, whole = [], [], []
+    for h in range(pp // 2):
+        pair = (h, pp - 1 - h)
+        dense += [[r * position + d * tp + t for r in pair for d in range(dp)] for t in range(tp)]
+        # Expert tensor parallelism is 1, so the expert shard of a rank is its place within the position, modulo ep.
+        experts += [[r * position + i for r in pair for i in range(position) if i % ep == e] for e in range(ep)]
+        whole.append([r * position + i for r in pair for i in range(position)])
+    made: list[dist.ProcessGroup] = []
+    for ranks, fields in (
+        (dense, ("dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp")),
+        (experts, ("expt_dp", "expt_dp_gtp_remat", "intra_expt_dp")),
+        (whole, ("tp_dp_cp",)),
+    ):
+        group, _ = dist.new_subgroups_by_enumeration(ranks)
+        assert isinstance(group, dist.ProcessGroup)  # the enumerations name every rank
+        made.append(group)
+        for field in fields:
+            setattr(collection, field, group)
+    return made
