@@ -1,0 +1,129 @@
+"""`python -m pipehc.plan --config FILE`: what a configuration amounts to, before any GPU is asked for.
+
+Builds no model and no process group, imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipehc import parameters
+from pipehc.config import Config, add_config_arguments, check_world_size, run_with_config
+from pipehc.plan_notes import human, live_microbatches, mebibytes, notes
+from pipehc.stages import PLACEMENTS
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """The plan as plain data, ready for JSON. Numbers of parameters are exact; `message_bytes` is one micro-batch's, one way.
+
+    Without parallel.dp it holds for the smallest dp possible. `live` counts micro-batches whose activations of one stage a rank
+    keeps at once. Raises ConfigError if the smallest dp does not fit the batch.
+    """
+    parallel, train = config.parallel, config.train
+    world_size = parallel.pp * parallel.tp * (parallel.dp or config.smallest_dp)
+    dp = check_world_size(config, world_size)
+    placement = PLACEMENTS[config.schedule.name](parallel.pp)
+    held = [[stage for _, stage in placement.held(rank)] for rank in range(parallel.pp)]
+    per_stage = [
+        {
+            "stage": stage,
+            "blocks": [blocks.start, blocks.stop - 1],
+            "ranks": [rank for rank, stages in enumerate(held) if stage in stages],
+            "parameters": count.total,
+        }
+        for stage, (blocks, count) in enumerate(zip(config.stage_blocks(), parameters.stages(config)))
+    ]
+    per_rank = [
+        {"rank": rank, "stages": stages, "parameters": count, "live": live}
+        for rank, (stages, count, live) in enumerate(zip(held, parameters.ranks(config), live_microbatches(config, dp)))
+    ]
+    return {
+        "parameters": {
+            "total": parameters.total(config),
+            "active": parameters.active(config),
+            "vocabulary": parameters.vocabulary(config),
+        },
+        "schedule": config.schedule.name,
+        "stages": config.stages,
+        "microbatches": config.microbatches(dp),
+        "world_size": world_size,
+        "parallel": {"pp": parallel.pp, "tp": parallel.tp, "ep": parallel.ep, "dp": dp, "dp_assumed": parallel.dp is None},
+        "tokens_per_step": train.global_batch * train.sequence_length,
+        "tokens": train.steps * train.global_batch * train.sequence_length,
+        "message_bytes": config.stage_message_bytes(),
+        "per_stage": per_stage,
+        "per_rank": per_rank,
+        "notes": notes(config, dp),
+    }
+
+
+def show(plan: dict[str, Any], console: Console) -> None:
+    """Prints a plan as tables for people."""
+    counts, parallel = plan["parameters"], plan["parallel"]
+    assumed = " (the smallest; parallel.dp is null)" if parallel["dp_assumed"] else ""
+    summary = Table.grid(padding=(0, 2))
+    for name, text in (
+        (
+            "parameters",
+            f"{human(counts['total'])} total, {human(counts['active'])} active, {human(counts['vocabulary'])} vocabulary",
+        ),
+        ("processes", f"{plan['world_size']} = pp {parallel['pp']} x tp {parallel['tp']} x dp {parallel['dp']}{assumed}"),
+        ("experts", f"cut over ep {parallel['ep']} of the dp x tp processes of a stage"),
+        ("schedule", f"{plan['schedule']}, {plan['stages']} stages, {plan['microbatches']} micro-batches a step"),
+        ("tokens", f"{human(plan['tokens_per_step'])} a step, {human(plan['tokens'])} in all"),
+        ("stage message", mebibytes(plan["message_bytes"])),
+    ):
+        summary.add_row(f"[bold]{name}[/]", text)
+    console.print(summary)
+    console.print()
+
+    stages = Table("stage", "blocks", "on ranks", "parameters", title="Stages", title_justify="left", title_style="bold")
+    for row in plan["per_stage"]:
+        first, last = row["blocks"]
+        stages.add_row(
+            str(row["stage"]), f"{first}-{last}" if last > first else str(first), _join(row["ranks"]), human(row["parameters"])
+        )
+    console.print(stages)
+    console.print()
+
+    ranks = Table(
+        "rank", "stages", "parameters", "micro-batches held", title="Pipeline ranks", title_justify="left", title_style="bold"
+    )
+    for row in plan["per_rank"]:
+        ranks.add_row(str(row["rank"]), _join(row["stages"]), human(row["parameters"]), f"<= {row['live']}")
+    console.print(ranks)
+    for note in plan["notes"]:
+        console.print()
+        console.print(note, markup=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipehc.plan", description="Shows what a configuration amounts to.")
+    add_config_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_intermixed_args(argv)
+
+    def body(config: Config) -> int:
+        result = plan(config)
+        if args.json:
+            print(json.dumps(result, indent=2))
+        else:
+            show(result, Console(highlight=False))
+        return 0
+
+    return run_with_config(args, body)
+
+
+def _join(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
