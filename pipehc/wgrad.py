@@ -1,14 +1,13 @@
 """Split a backward into its two halves: I, the input gradients, and W, the weight gradients, which no other rank waits for.
 
-Linear layers put each weight gradient, as a closure, into the store that was recording when their *forward* ran; during the
-backward the store either runs it at once (a full backward, B) or keeps it (I) until `flush` (W). The store travels with the
-autograd graph, so it does not matter which thread runs the backward, and micro-batches may be flushed in any order.
+Linear layers put each weight gradient, as a closure, into the store that was open when their *forward* ran; `flush` computes
+them. The store travels with the autograd graph, so it does not matter which thread runs the backward (CUDA has threads of its
+own for that), and micro-batches may be flushed in any order.
 
     store = WeightGradStore()              # one for each (stage, micro-batch)
-    with recording(store):
+    with store.deferring():
         y = stage(x)
-    with deferring(store):                 # I; without this line: B
-        y.backward(dy)
+    y.backward(dy)                         # I
     store.flush()                          # W
 """
 
@@ -18,60 +17,45 @@ from contextvars import ContextVar
 
 import torch
 
-_recording: ContextVar["WeightGradStore | None"] = ContextVar("recording", default=None)
+_open: ContextVar["WeightGradStore | None"] = ContextVar("open_store", default=None)
 
 
 class WeightGradStore:
-    """The weight gradients that one (stage, micro-batch) still owes. `len` counts them."""
+    """The weight gradients that one (stage, micro-batch) still owes; `len` counts them."""
 
     def __init__(self) -> None:
         self._owed: list[Callable[[], None]] = []
-        self._deferring = False
 
     def __len__(self) -> int:
         return len(self._owed)
 
-    def add(self, compute: Callable[[], None]) -> None:
-        """Keep `compute` for `flush` inside `deferring`, run it at once outside."""
-        if self._deferring:
-            self._owed.append(compute)
-        else:
-            compute()
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """The backward of what runs forward inside, in this thread, leaves its weight gradients here."""
+        token = _open.set(self)
+        try:
+            yield
+        finally:
+            _open.reset(token)
+
+    def put(self, compute: Callable[[], None]) -> None:
+        """Owe what `compute` will add to a gradient. It may hold activations and output gradients alive until then."""
+        self._owed.append(compute)
 
     def flush(self) -> None:
-        """Compute what is owed, in the order in which the backward met it; the tensors it held are freed as it goes."""
+        """Compute what is owed, in the order in which the backward met it; what it held is freed as it goes."""
         owed, self._owed = self._owed[::-1], []
         while owed:
             owed.pop()()
 
 
-@contextmanager
-def recording(store: WeightGradStore) -> Iterator[None]:
-    """Tie the linear layers whose forward runs inside, in this thread, to `store`."""
-    token = _recording.set(store)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
-
-
-@contextmanager
-def deferring(store: WeightGradStore) -> Iterator[None]:
-    """Inside, backwards of forwards that `store` recorded leave their weight gradients in it."""
-    store._deferring = True
-    try:
-        yield
-    finally:
-        store._deferring = False
-
-
 def linear(x: torch.Tensor, weight: torch.Tensor, accumulate: Callable[[torch.Tensor], None]) -> torch.Tensor:
     """x [..., k] times weight [m, k] transposed: [..., m]; the weight gradient [m, k] goes to `accumulate`, not to autograd.
 
-    The parameter stays out of the autograd graph, so that no hook on it fires before its gradient is there. `x` must require
-    grad.
+    It goes there when the open store is flushed or, without one, during the backward. The parameter stays out of the autograd
+    graph, so that no hook on it fires before its gradient is there. `x` must require grad, or there is no backward at all.
     """
-    return _Linear.apply(x, weight.detach(), accumulate, _recording.get())
+    return _Linear.apply(x, weight.detach(), accumulate, _open.get())
 
 
 class _Linear(torch.autograd.Function):
@@ -93,5 +77,5 @@ class _Linear(torch.autograd.Function):
         if ctx.store is None:
             compute()
         else:
-            ctx.store.add(compute)
+            ctx.store.put(compute)
         return dx, None, None, None
