@@ -3,23 +3,30 @@
 from pipehc.schedules.actions import Action, Pair
 from pipehc.schedules.check import ScheduleError, check
 from pipehc.schedules.compile import compile
+from pipehc.schedules.costs import Costs
 from pipehc.schedules.families import FAMILIES, build
 from pipehc.schedules.placement import Placement
 from pipehc.schedules.program import Program
 from pipehc.schedules.schedule import Schedule
+from pipehc.schedules.simulate import SimulationResult, simulate
+from pipehc.schedules.spans import Span
 from pipehc.schedules.verify import ProgramError, verify
 
 __all__ = [
     "FAMILIES",
     "Action",
+    "Costs",
     "Pair",
     "Placement",
     "Program",
     "ProgramError",
     "Schedule",
     "ScheduleError",
+    "SimulationResult",
+    "Span",
     "build",
     "check",
     "compile",
+    "simulate",
     "verify",
 ]
