@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from pipehc.schedules.actions import Action, Cell
 from pipehc.schedules.placement import looped
 
@@ -33,4 +35,4 @@ def _groups(ranks: int, microbatches: int) -> list[range]:
     count = max(1, microbatches // ranks)
     size, larger = divmod(microbatches, count)
     starts = [i * size + min(i, larger) for i in range(count + 1)]
-    return [range(low, high) for low, high in zip(starts, starts[1:])]
+    return [range(low, high) for low, high in pairwise(starts)]

@@ -17,7 +17,8 @@ vee_placement = vee
 def rows(ranks: int, microbatches: int) -> tuple[tuple[Cell, ...], ...]:
     """ZB-H1: 1F1B whose rank r lags r micro-batches behind with W. Every rank holds at most `ranks` activations.
 
-    Bubble (P-1)(F + B - 2W), B the full backward: W fills the gaps that the backwards leave at the end.
+    Bubble (P-1)(F + B - 2W), B the full backward: W fills the gaps that the backwards leave at the end. Where W > F it is
+    (P-1)(B - W), which no order with `ranks` activations can beat: the entry rank waits that long for its first gradient.
     """
 
     def row(rank: int) -> Iterator[Cell]:
