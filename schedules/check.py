@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipehc.schedules.actions import Action, actions_of, flatten
+from pipehc.schedules.actions import Action, Cell, Pair, actions_of, flatten
 from pipehc.schedules.schedule import Schedule
 
 Place = tuple[int, int]  # rank, index in its row
 
 
 class ScheduleError(ValueError):
-    """A schedule that cannot run: says why in one sentence and shows the offending cells inside their rows."""
+    """A schedule that cannot run. `reason` is one sentence, `places` are the offending (rank, index) cells, `grid` shows them."""
 
     def __init__(self, reason: str, schedule: Schedule | None = None, places: Iterable[Place] = ()) -> None:
         self.reason, self.places = reason, tuple(places)
-        super().__init__(reason if schedule is None else "\n".join([reason, *_excerpt(schedule, self.places)]))
+        self.grid = "" if schedule is None else excerpt(schedule, self.places)
+        super().__init__(f"{reason}\n{self.grid}" if self.grid else reason)
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Facts:
 def check(schedule: Schedule) -> Facts:
     """Raises ScheduleError unless every forward and backward is there exactly once, on its rank, in an order that can run.
 
-    A backward is one B, or one I and one W. A deadlock is a circle of actions that wait for each other, through the order within a
-    rank and through messages; because no rank ever waits for a *send*, a schedule without such a circle ends at any message timing.
+    A backward is one B, or one I and one W. A deadlock is a circle of actions that wait for each other, through the order within
+    a rank and through messages; no rank ever waits for a *send*, so a schedule without such a circle ends at any message timing.
     """
     where = _locate(schedule)
     _check_complete(schedule, where)
@@ -58,6 +59,8 @@ def _locate(schedule: Schedule) -> dict[Action, Place]:
         raise ScheduleError(f"{len(schedule.rows)} rows for the {placement.ranks} ranks of the placement")
     for rank, row in enumerate(schedule.rows):
         for index, cell in enumerate(row):
+            if isinstance(cell, Pair) and (cell.forward.kind, cell.backward.kind) != ("F", "B"):
+                raise ScheduleError(f"{_short(cell)}: a pair is a forward F and a full backward B", schedule, [(rank, index)])
             for action in actions_of(cell):
                 place = (rank, index)
                 if not (0 <= action.lane < placement.lanes and 0 <= action.stage < placement.stages):
@@ -102,7 +105,7 @@ def _check_complete(schedule: Schedule, where: dict[Action, Place]) -> None:
 
 
 def _topological_order(schedule: Schedule, where: dict[Action, Place]) -> list[Place]:
-    """An order in which all cells can run. Raises ScheduleError, marking where every rank is stuck, if there is none."""
+    """An order in which all cells can run. Raises ScheduleError, marking the circle of waits, if there is none."""
     done: set[Action] = set()
     position = [0] * schedule.ranks
     waiting: dict[Action, list[int]] = {}  # action that is not done -> ranks stuck until it is
@@ -122,19 +125,33 @@ def _topological_order(schedule: Schedule, where: dict[Action, Place]) -> list[P
             for action in actions_of(cell):
                 done.add(action)
                 runnable.extend(waiting.pop(action, ()))
-    stuck = [(rank, position[rank]) for rank in range(schedule.ranks) if position[rank] < len(schedule.rows[rank])]
-    if stuck:
-        waits = [
-            f"rank {rank} at {schedule.rows[rank][index]} waits for {_missing(schedule, schedule.rows[rank][index], where, done)}"
-            for rank, index in stuck
-        ]
-        raise ScheduleError("deadlock: " + "; ".join(waits), schedule, stuck)
+    if waiting:
+        needs = {rank: action for action, ranks in waiting.items() for rank in ranks}
+        raise _deadlock(schedule, where, position, needs)
     return order
 
 
-def _missing(schedule: Schedule, cell: Action | tuple, where: dict[Action, Place], done: set[Action]) -> Action | None:
+def _deadlock(
+    schedule: Schedule, where: dict[Action, Place], position: list[int], needs: dict[int, Action]
+) -> ScheduleError:
+    """Every stuck rank waits for an action that lies behind the cell at which its own rank is stuck: so some wait in a circle."""
+    seen: list[int] = []
+    rank = min(needs)
+    while rank not in seen:
+        seen.append(rank)
+        rank = where[needs[rank]][0]
+    circle = seen[seen.index(rank) :]
+    stuck = {r: (r, position[r]) for r in circle}
+    waits = [
+        f"rank {r} at {_short(schedule.rows[r][i])} waits for {needs[r]} of rank {where[needs[r]][0]}" for r, i in stuck.values()
+    ]
+    places = [place for r in circle for place in (stuck[r], where[needs[r]])]
+    return ScheduleError("deadlock: " + ", ".join(waits), schedule, places)
+
+
+def _missing(schedule: Schedule, cell: Cell, where: dict[Action, Place], done: set[Action]) -> Action | None:
     """The first action that `cell` still waits for. A pair waits for both of its halves' inputs."""
-    for action in actions_of(cell):  # type: ignore[arg-type]
+    for action in actions_of(cell):
         needed = producer(schedule, action)
         if needed and not any(a in done for a in needed):
             return next((a for a in needed if a in where), needed[0])
@@ -152,14 +169,29 @@ def _peak_live(schedule: Schedule, rank: int) -> float:
     return peak * schedule.placement.share
 
 
-def _excerpt(schedule: Schedule, places: tuple[Place, ...], around: int = 4) -> list[str]:
-    """The rows of the offending ranks near the offending cells, those between >> and <<."""
-    lines = []
-    for rank in sorted({rank for rank, _ in places}):
-        marked = {index for at, index in places if at == rank}
+def excerpt(schedule: Schedule, places: Iterable[Place], around: int = 3) -> str:
+    """The offending ranks' rows near the offending cells: those stand in brackets, the first of every rank in one column."""
+    marks: dict[int, set[int]] = {}
+    for rank, index in places:
+        marks.setdefault(rank, set()).add(index)
+    left: dict[int, list[str]] = {}
+    right: dict[int, list[str]] = {}
+    for rank, marked in sorted(marks.items()):
         row = schedule.rows[rank]
-        low, high = max(0, min(marked) - around), min(len(row), max(marked) + around + 1)
-        cells = [f">>{row[i]}<<" if i in marked else str(row[i]) for i in range(low, high)]
-        ends = ("... " if low else ""), (" ..." if high < len(row) else "")
-        lines.append(f"  rank {rank}: {ends[0]}{' '.join(cells)}{ends[1]}")
-    return lines
+        shown = sorted({i for m in marked for i in range(max(0, m - around), min(len(row), m + around + 1))})
+        first = min(marked)
+        left[rank] = (["..."] if shown and shown[0] > 0 else []) + [_short(row[i]) for i in shown if i < first]
+        right[rank] = []
+        for before, i in zip([first, *(i for i in shown if i >= first)], (i for i in shown if i >= first)):
+            right[rank] += ["..."] * (i > before + 1) + [f"[{_short(row[i])}]" if i in marked else _short(row[i])]
+        right[rank] += ["..."] if shown and shown[-1] + 1 < len(row) else []
+    lines = {rank: [""] * (max(map(len, left.values())) - len(left[rank])) + left[rank] + right[rank] for rank in left}
+    width = max((len(cell) for line in lines.values() for cell in line), default=0)
+    names = max((len(str(rank)) for rank in lines), default=0)
+    return "\n".join(
+        f"  rank {rank:>{names}} | {' '.join(f'{cell:^{width}}' for cell in line).rstrip()}" for rank, line in lines.items()
+    )
+
+
+def _short(cell: Cell) -> str:
+    return f"{cell.forward}+{cell.backward}" if isinstance(cell, Pair) else str(cell)

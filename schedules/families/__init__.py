@@ -37,7 +37,8 @@ def build(name: str, ranks: int, microbatches: int, *, chunks: int | None = None
     """Generates a schedule of the named family.
 
     name: one of FAMILIES. microbatches: of both directions together. chunks: stages per rank, for interleaved (default 2).
-    forward: forward passes only (evaluation), over the family's placement. Raises ValueError naming the value and what is allowed.
+    forward: forward passes only (evaluation), over the family's placement.
+    Raises ValueError naming the value and what is allowed.
     """
     if name not in FAMILIES:
         raise ValueError(f"schedule = {name!r}: must be one of {', '.join(FAMILIES)}")
