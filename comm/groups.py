@@ -14,8 +14,8 @@ def edge_groups(pipelines: Iterable[list[int]], edges: list[Edge]) -> dict[Edge,
 
     pipelines: for every pipeline (one a data-parallel rank) the global ranks by pipeline position. edges: directed position pairs
     that carry messages. Collective: every process of the world calls it with the same arguments. Two edges between the same two
-    ranks get two groups: at two ranks 'next' and 'previous' are the same peer, and on one group an activation could be taken for a
-    gradient.
+    ranks get two groups: at two ranks 'next' and 'previous' are the same peer, and on one group an activation could be taken for
+    a gradient.
     """
     own = dist.get_rank()
     groups: dict[Edge, dist.ProcessGroup] = {}

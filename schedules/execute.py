@@ -16,7 +16,7 @@ Key = tuple[str, int, int, int]  # activation or gradient, lane, receiving stage
 
 
 class Stage(Protocol):
-    """What the executor calls. Tensors are stage messages; None stands for the first stage's input and the last one's gradient."""
+    """What the executor calls. Tensors are stage messages; None is the first stage's input and the last one's gradient."""
 
     def forward(self, microbatch: int, x: torch.Tensor | None) -> torch.Tensor | None:
         """Runs the stage and keeps what its backward needs. Returns the message for the next stage; on the last stage None."""

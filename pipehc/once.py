@@ -1,0 +1,26 @@
+"""Says something once, though every process of this machine wants to say it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+def say_once(text: str, topic: str) -> None:
+    """Prints `text` on standard error, if no other process of this job on this machine has said something on `topic` yet.
+
+    The first process to create a marker file wins; no process has to be alive or reachable, so this also works while a job falls
+    apart. A job is the processes of one torchrun (or this process alone).
+    """
+    job = os.environ.get("TORCHELASTIC_RUN_ID") and f"{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
+    if job:
+        marker = Path(tempfile.gettempdir()) / f"pipehc-{topic}-{job}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        try:
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+    # One write: lines of several processes must not mix.
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

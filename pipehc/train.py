@@ -1,0 +1,214 @@
+"""Trains a model: torchrun --nproc-per-node N -m pipehc.train --config FILE.yaml [key.sub=value ...]
+
+Started again, the same command goes on from the newest complete checkpoint in the run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from pipehc import parameters
+from pipehc.checkpoint import Checkpoints
+from pipehc.comm.messages import PeerError
+from pipehc.config import Config, ConfigError, add_config_arguments, check_data, check_world_size, run_with_config, to_yaml
+from pipehc.data import Sampler, Splits, open_splits
+from pipehc.metrics import Reporter, save_config
+from pipehc.once import say_once
+from pipehc.ranks import Ranks
+
+if TYPE_CHECKING:
+    from pipehc.trainer import Trainer
+
+
+@dataclass
+class Progress:
+    """Where this process stands, for the message with which it may have to end."""
+
+    doing: str = "while starting"
+
+    def stop(self, signum: int, _: FrameType | None) -> None:
+        """Handles SIGTERM and SIGINT: torchrun sends one to every other process when one is gone."""
+        name = signal.Signals(signum).name
+        say_once(f"pipehc: rank {os.environ['RANK']} stopped by {name} {self.doing}: another process ended, or the job was", "end")
+        os._exit(128 + signum)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 when trained, 1 when the training broke off, 2 for a configuration that cannot work."""
+    parser = argparse.ArgumentParser(prog="python -m pipehc.train", description=__doc__, allow_abbrev=False)
+    add_config_arguments(parser)
+    return run_with_config(parser.parse_intermixed_args(argv), run)
+
+
+def run(config: Config) -> int:
+    """Trains on the processes that torchrun started, or on this one alone. Raises ConfigError for what cannot work here."""
+    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_data(config)
+    progress = Progress()
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, progress.stop)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    limit = datetime.timedelta(seconds=max(60.0, config.runtime.timeout_s))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=limit)
+    try:
+        train(config, progress)
+    except Exception as error:
+        if not _is_end_of_job(error):
+            raise
+        say_once(f"pipehc: rank {dist.get_rank()} ended {progress.doing}: {error}", "end")
+        return 1
+    dist.destroy_process_group()
+    return 0
+
+
+def train(config: Config, progress: Progress) -> None:
+    """The training loop of one process."""
+    # Megatron takes seconds to import: a wrong configuration should not have to wait for it.
+    from pipehc.trainer import Trainer
+
+    ranks, folder, train = Ranks(), Path(config.run.folder), config.train
+    splits = _open_data(config, folder, ranks)
+    progress.doing = "while building the model"
+    trainer = Trainer(config)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, layout=_layout(config))
+    progress.doing = "while loading a checkpoint"
+    start = _resume(config, trainer, checkpoints, splits)
+    if ranks.is_main:
+        save_config(folder, to_yaml(config))
+    sampler = Sampler(len(splits.train), train.seed)
+
+    with Reporter(folder, train.steps, start, config.run.tensorboard, ranks.is_main) as reporter:
+        reporter.say(_greeting(config, splits, start, dist.get_world_size()))
+
+        def evaluate(step: int) -> None:
+            progress.doing = f"in the evaluation after step {step}"
+            trainer.check_replicas()
+            reporter.evaluation(step, trainer.evaluate(splits.validation, step))
+
+        if config.evaluation.interval and start == 0:
+            evaluate(0)
+        for step in range(start + 1, train.steps + 1):
+            progress.doing = f"in step {step}"
+            began = time.perf_counter()
+            result = trainer.step(step, splits.train, sampler)
+            tokens_per_s = train.global_batch * train.sequence_length / (time.perf_counter() - began)
+            if step % config.run.log_interval == 0 or step == train.steps:
+                reporter.step(step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr, tokens_per_s=tokens_per_s)
+            if _is_due(step, config.evaluation.interval, train.steps):
+                evaluate(step)
+            if _is_due(step, config.checkpoint.interval, train.steps):
+                progress.doing = f"while saving the checkpoint of step {step}"
+                extra = {"data": splits.info.fingerprint, "config": to_yaml(config)}
+                checkpoints.save(step, trainer.state(), extra, {"rng": torch.get_rng_state()})
+        reporter.finish()
+
+
+def _is_due(step: int, interval: int, steps: int) -> bool:
+    """Every `interval` steps (0: never) and after the last step."""
+    return interval > 0 and (step % interval == 0 or step == steps)
+
+
+def _greeting(config: Config, splits: Splits, start: int, world: int) -> str:
+    """What is trained, on what, from where."""
+    info, residual = splits.info, config.residual
+    streams = f"{residual.kind} over {residual.streams} streams" if residual.kind != "none" else "plain residual"
+    lines = [
+        f"{parameters.total(config) / 1e6:,.1f}M parameters ({parameters.active(config) / 1e6:,.1f}M active), {streams}, "
+        f"{config.schedule.name} over {config.parallel.pp} of {world} processes",
+        f"{info.documents:,} documents, {info.train_samples:,} training and {info.validation_samples:,} validation samples "
+        f"({info.tokenizer})",
+    ]
+    if start:
+        lines.append(f"going on after step {start} of {config.train.steps}, from the checkpoint in {config.run.folder}")
+    if start >= config.train.steps:
+        lines.append("nothing left to train: raise train.steps, or start anew with checkpoint.resume=never or another run.folder")
+    return "\n".join(lines)
+
+
+def _open_data(config: Config, folder: Path, ranks: Ranks) -> Splits:
+    """Opens the data on every rank. Raises ConfigError on all of them if one cannot, or if they do not see the same data."""
+    data, train = config.data, config.train
+    try:
+        opened: list[Splits] = []
+
+        def open_here() -> str:
+            opened.append(
+                open_splits(
+                    kind=data.kind,
+                    paths=data.paths,
+                    suffixes=data.suffixes,
+                    tokenizer=data.tokenizer,
+                    validation_fraction=data.validation_fraction,
+                    sequence_length=train.sequence_length,
+                    vocab_size=config.model.vocab_size,
+                    seed=train.seed,
+                    cache=folder / "cache",
+                )
+            )
+            return opened[0].info.fingerprint
+
+        def compare(fingerprints: list[str]) -> None:
+            for rank, fingerprint in enumerate(fingerprints):
+                if fingerprint != fingerprints[0]:
+                    raise ValueError(f"data.paths: {list(data.paths)}: ranks 0 and {rank} see different data; must be the same")
+
+        ranks.exchange(open_here, compare)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return opened[0]
+
+
+def _resume(config: Config, trainer: Trainer, checkpoints: Checkpoints, splits: Splits) -> int:
+    """Loads the checkpoint that the configuration asks for, if there is one. Returns the number of steps done."""
+    wish = config.checkpoint.resume
+    path = None if wish == "never" else checkpoints.newest() if wish == "auto" else Path(wish)
+    if path is None:
+        return 0
+    try:
+        restored = checkpoints.load(path, trainer.state())
+    except ValueError as error:
+        raise ConfigError(f"checkpoint.resume: {wish!r}: {error}") from error
+    if restored.extra["data"] != splits.info.fingerprint:
+        raise ConfigError(f"checkpoint.resume: {wish!r}: {path} was trained on other data; set checkpoint.resume or run.folder")
+    if restored.rank_state is not None:
+        torch.set_rng_state(restored.rank_state["rng"])
+    trainer.after_load()
+    return restored.step
+
+
+def _layout(config: Config) -> str:
+    parallel = config.parallel
+    return f"{config.schedule.name} pp={parallel.pp} tp={parallel.tp} ep={parallel.ep}"
+
+
+def _is_end_of_job(error: Exception) -> bool:
+    """Whether the message of `error` says all that a user needs: a peer is gone, or the training cannot go on."""
+    from pipehc.trainer import TrainingError
+
+    lost = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "remote worker")
+    return isinstance(error, PeerError | TrainingError | dist.DistError) or any(text in str(error) for text in lost)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after a peer is gone, tearing down its connections may block for ever.
+    os._exit(code)

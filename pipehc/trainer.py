@@ -1,0 +1,161 @@
+"""One rank's part of the training: the stages it holds, their optimizer, and one step or evaluation of the whole pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipehc.comm.groups import edge_groups
+from pipehc.comm.messages import Mailbox
+from pipehc.config import Config
+from pipehc.data import Sampler, Split, batch
+from pipehc.learning_rate import learning_rate
+from pipehc.megatron.groups import build_groups
+from pipehc.megatron.model import DTYPES, build_stage, initialise, parameter_names
+from pipehc.megatron.optimizer import build_optimizer
+from pipehc.schedules import Program, build, compile
+from pipehc.schedules.execute import execute
+from pipehc.stage import ModelStage
+
+
+class TrainingError(RuntimeError):
+    """The training cannot go on, for a reason that its message gives in full."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # mean over the tokens of the global batch, in nats
+    grad_norm: float  # before clipping
+    lr: float
+
+
+class Trainer:
+    """Builds this rank's stages and runs them. torch.distributed must be initialised; every rank makes one, with equal arguments.
+
+    config: must fit the world size (`check_world_size`). After construction the weights are those of `train.seed`, equal in every
+    layout, until `load_state`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        parallel, train = config.parallel, config.train
+        dp = dist.get_world_size() // (parallel.pp * parallel.tp)
+        self.train_program = compile(build(config.schedule.name, parallel.pp, config.microbatches(dp)))
+        placement = self.train_program.schedule.placement
+        self.groups = build_groups(parallel.pp, parallel.tp, parallel.ep, replicated=placement.lanes == 2)
+
+        blocks, last = config.stage_blocks(), placement.stages - 1
+        self.models = {
+            (lane, stage): build_stage(config, self.groups, blocks[stage], first=stage == 0, last=stage == last)
+            for lane, stage in placement.held(self.groups.pp_rank)
+        }
+        for model in self.models.values():
+            initialise(model, train.seed, config.model.init_std)
+        # By stage, not by lane: the two ranks that hold the same stages must reduce them in the same order.
+        by_stage = [self.models[key] for key in sorted(self.models, key=lambda key: key[1])]
+        self.optimizer = build_optimizer(config, self.groups, by_stage)
+
+        self.device = next(by_stage[0].parameters()).device
+        edges = self.train_program.edges()
+        replicas = dp * parallel.tp
+        pipelines = [[position * replicas + i for position in range(parallel.pp)] for i in range(replicas)]
+        self._edges = edge_groups(pipelines, edges)
+        shape = (train.sequence_length, train.micro_batch, config.residual.width * config.model.hidden_size)
+        self._mailbox = Mailbox(self._edges, shape, DTYPES[train.precision], self.device, config.runtime.timeout_s)
+
+    def step(self, step: int, split: Split, sampler: Sampler) -> StepResult:
+        """Trains on the samples of step `step` (from 1). Raises TrainingError, on every rank and before any weight changes, if
+        the loss of a micro-batch or the gradient norm is not finite."""
+        self.optimizer.zero_grad()
+        loss = self._run(self.train_program, split, sampler, first=(step - 1) * self.config.train.global_batch, step=step)
+        self.optimizer.reduce_gradients()
+        lr = learning_rate(step - 1, self.config)
+        try:
+            grad_norm = self.optimizer.step(lr)
+        except FloatingPointError as error:
+            raise TrainingError(f"step {step}: {error}, on all ranks; no weight was changed") from error
+        self.optimizer.update_expert_bias()
+        return StepResult(loss, grad_norm, lr)
+
+    @torch.no_grad()
+    def evaluate(self, split: Split, step: int) -> float:
+        """Mean loss in nats per token over the first `evaluation.samples` samples of `split`; they repeat if it has fewer."""
+        replicas = self.groups.dp_size
+        schedule = build(
+            self.config.schedule.name, self.config.parallel.pp, self.config.evaluation_microbatches(replicas), forward=True
+        )
+        return self._run(compile(schedule), split, InOrder(len(split)), first=0, step=step)
+
+    def check_replicas(self) -> None:
+        """Raises TrainingError, on every rank, unless all ranks that hold a weight hold the same bits of it. Collective."""
+        own = {name: checksum(weight) for model in self.models.values() for name, weight in parameter_names(model).items()}
+        everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, own)
+        first: dict[str, int] = {}  # name -> the first rank that holds it
+        for rank, checksums in enumerate(everyone):
+            for name, value in checksums.items():
+                if value != everyone[first.setdefault(name, rank)][name]:
+                    raise TrainingError(f"ranks {first[name]} and {rank} hold different weights in {name}: replicas drifted apart")
+
+    def state(self) -> dict[str, Any]:
+        """Weights, optimizer state and expert biases by global names: tensors and FlatSlices, to save or to load in place."""
+        return self.optimizer.state()
+
+    def after_load(self) -> None:
+        """Makes the model's weights follow the optimizer state that was just loaded in place. Collective."""
+        self.optimizer.after_load()
+
+    def destroy(self) -> None:
+        """Frees the process groups, so that another Trainer can be built in the same processes. Collective."""
+        for group in self._edges.values():
+            dist.destroy_process_group(group)
+        self.groups.destroy()
+
+    def _run(self, program: Program, split: Split, sampler: Any, first: int, step: int) -> float:
+        """Executes a program over the samples from `first` on; returns the mean loss per token over the whole world."""
+        train, schedule = self.config.train, program.schedule
+        samples = schedule.microbatches * train.micro_batch * self.groups.dp_size
+        tokens_in_all = samples * train.sequence_length
+
+        def microbatch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            at = first + (index * self.groups.dp_size + self.groups.dp_rank) * train.micro_batch
+            tokens, labels = batch(split, sampler, at, train.micro_batch)
+            return tokens.to(self.device), labels.to(self.device)
+
+        stages = {key: ModelStage(model, microbatch, 1.0 / tokens_in_all) for key, model in self.models.items()}
+        execute(program.instructions[self.groups.pp_rank], schedule.placement, stages, self._mailbox)
+        losses = [loss for stage in stages.values() for loss in stage.losses.values()]
+        total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
+        finite = bool(torch.isfinite(total))
+        everywhere = torch.stack([total if finite else torch.zeros_like(total), total.new_tensor(float(not finite))])
+        dist.all_reduce(everywhere)
+        if everywhere[1] > 0:
+            self._stop_everywhere(None if finite else f"the loss of step {step} is {float(total)}; no weight was changed")
+        return float(everywhere[0]) / tokens_in_all
+
+    def _stop_everywhere(self, problem: str | None) -> None:
+        """Raises the first rank's problem as TrainingError on every rank, if any rank has one. Collective."""
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, problem)
+        for rank, text in enumerate(found):
+            if text is not None:
+                raise TrainingError(f"rank {rank}: {text}")
+
+
+def checksum(weight: torch.Tensor) -> int:
+    """A sum over the bits of a weight (fp32 or bf16): equal for equal bits, and rarely for others."""
+    bits = weight.detach().contiguous().view(torch.int32 if weight.element_size() == 4 else torch.int16)
+    return int(bits.sum(dtype=torch.int64))
+
+
+class InOrder:
+    """A sampler that takes the samples of a split as they come, over and over."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def index(self, k: int) -> int:
+        return k % self._length
