@@ -1,0 +1,31 @@
+"""Which of the two backends runs an operation: Triton kernels or the PyTorch reference."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from torch import Tensor
+
+Backend = Literal["triton", "reference"]
+
+MAX_STREAMS = 8
+"""Largest number of streams the Triton kernels hold on chip; the reference takes any."""
+
+
+def backend_of(x: Tensor, streams: int) -> Backend:
+    """The backend for streams `x`: `PIPEHC_KERNELS` (triton or reference) if set, else Triton on CUDA and the reference elsewhere.
+
+    The reference also serves what Triton does not offer, fp64 and more than eight streams, unless Triton is asked for by name.
+    """
+    forced = os.environ.get("PIPEHC_KERNELS", "")
+    if forced not in ("", "triton", "reference"):
+        raise ValueError(f"PIPEHC_KERNELS={forced!r}: must be 'triton' or 'reference'")
+    fits = streams <= MAX_STREAMS and x.element_size() <= 4
+    if forced == "triton" and not fits:
+        raise ValueError(
+            f"PIPEHC_KERNELS=triton: n={streams} streams of {x.dtype}; the kernels take n <= {MAX_STREAMS} in fp32, bf16 or fp16"
+        )
+    if forced:
+        return "triton" if forced == "triton" else "reference"
+    return "triton" if x.is_cuda and fits else "reference"

@@ -1,0 +1,80 @@
+"""Mapping coefficients of one sub-layer: H_pre, H_post and H_res from the streams (paper eq. 14 to 19)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.shapes import check_shape, check_streams, coefficient_dtype
+
+NORM_EPS = 1e-20
+"""Added to the mean square of x: a row of zeros gives finite coefficients and gradients."""
+
+MAPS = ("pre", "post", "res")
+
+
+def coefficients(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, manifold: Manifold, fixed: Collection[str] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H_pre [T, n], H_post [T, n] and H_res [T, n, n] of streams x [T, n, C].
+
+    phi [n*C, n*n + 2n] ([C, n + 2] for manifolds that project every stream on its own), alpha [3], bias [n*n + 2n]. Columns of phi
+    and entries of bias: pre (n), post (n), res (n*n, row-major). x is fp32, bf16 or fp16 and the results are fp32; with everything
+    in fp64 they are fp64. Maps named in `fixed` are switched off: H_pre = 1/n, H_post = 1, H_res = I (paper, table 1).
+    """
+    check_coefficients(x, phi, alpha, bias, manifold, fixed)
+    return coefficients_reference(x, phi, alpha, bias, manifold, fixed)
+
+
+def check_coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manifold, fixed: Collection[str]) -> None:
+    """ValueError unless the shapes fit each other and `fixed` names maps."""
+    _, n, channels = check_streams(x)
+    if not manifold.static:
+        check_shape(phi, manifold.phi_shape(n, channels), "phi")
+        check_shape(alpha, (3,), "alpha")
+    check_shape(bias, (n * n + 2 * n,), "bias")
+    unknown = sorted(set(fixed) - set(MAPS))
+    if unknown:
+        raise ValueError(f"fixed contains {unknown[0]!r}: must be among {', '.join(MAPS)}")
+
+
+def coefficients_reference(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manifold, fixed: Collection[str] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in plain PyTorch: what the kernels are tested against."""
+    tokens, n, _ = x.shape
+    dtype = coefficient_dtype(x, phi, alpha, bias)
+    bias = bias.to(dtype)
+    if manifold.static:
+        logits = bias.expand(tokens, -1)
+    else:
+        logits = _logits(x.to(dtype), phi.to(dtype), alpha.to(dtype), bias, manifold)
+    pre, post, res = logits[:, :n], logits[:, n : 2 * n], logits[:, 2 * n :].unflatten(-1, (n, n))
+    if manifold.static:
+        h_pre, h_post = torch.softmax(pre, -1), torch.softmax(post, -1)
+    elif manifold.per_stream:
+        h_pre, h_post = pre, post
+    else:
+        h_pre, h_post = torch.sigmoid(pre), 2.0 * torch.sigmoid(post)
+    if "pre" in fixed:
+        h_pre = logits.new_full((tokens, n), 1.0 / n)
+    if "post" in fixed:
+        h_post = logits.new_ones(tokens, n)
+    h_res = torch.eye(n, dtype=dtype, device=x.device).repeat(tokens, 1, 1) if "res" in fixed else manifold.map(res)
+    return h_pre, h_post, h_res
+
+
+def _logits(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manifold) -> Tensor:
+    """[T, n*n + 2n]. Dividing by the norm comes after the product, which reads x once (paper, section 4.3.1)."""
+    tokens, n, _ = x.shape
+    if manifold.per_stream:
+        product = (x @ phi).mT.reshape(tokens, -1)  # [T, n + 2, n]: entry (row of the map, stream) is column row * n + stream
+        inverse_rms = torch.rsqrt(x.square().mean(-1) + NORM_EPS).repeat(1, n + 2)
+        product = torch.tanh(product * inverse_rms)
+    else:
+        flat = x.reshape(tokens, -1)
+        product = (flat @ phi) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS)
+    return torch.addcmul(bias, product, alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device)))

@@ -1,0 +1,50 @@
+"""What a manifold is to the operations: a map from n x n logits to H_res, and how its logits come about."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Manifold(ABC):
+    """A member of the hyper-connection family (spec section 2). Instances are immutable and hold the map's own settings."""
+
+    per_stream: ClassVar[bool] = False
+    """False: logits = alpha * (x phi) / rms(x) + bias over the flat token, then sigmoids (mHC, eq. 7 and 8). True: every stream is
+    normalised on its own, logits = alpha * tanh(x phi / rms(x)) + bias, used as they are (HC, eq. 5)."""
+
+    @property
+    def scalar(self) -> Tensor | None:
+        """The one scalar the map depends on besides the logits (hybrid's lambda, harmonized's s), shape [], or None."""
+        return None
+
+    @property
+    def static(self) -> bool:
+        """True when the coefficients do not depend on x at all: phi is then ignored."""
+        return False
+
+    @abstractmethod
+    def map(self, logits: Tensor) -> Tensor:
+        """H_res [..., n, n] of logits [..., n, n], in the dtype of the logits (fp32 or fp64). Differentiable."""
+
+    @abstractmethod
+    def initial_res(self, n: int) -> Tensor:
+        """Initial bias of the residual logits, [n, n] fp32: H_res is then the identity or close to it."""
+
+    def phi_shape(self, n: int, channels: int) -> tuple[int, int]:
+        """Shape of phi: [n*C, n*n + 2n], or [C, n + 2] where each stream is projected alone (columns pre, post, rows of res)."""
+        return (channels, n + 2) if self.per_stream else (n * channels, n * n + 2 * n)
+
+    def initial_bias(self, n: int) -> Tensor:
+        """Initial bias [n*n + 2n], fp32: with alpha = 0, H_pre = 1/n and H_post = 1 (spec section 2, initialisation)."""
+        if self.per_stream:
+            pre, post = torch.full((n,), 1.0 / n), torch.ones(n)
+        else:
+            share = torch.tensor(1.0 / n, dtype=torch.float64)
+            pre, post = torch.logit(share, eps=1e-9).float().expand(n), torch.zeros(n)
+        return torch.cat([pre, post, self.initial_res(n).flatten()])

@@ -1,0 +1,49 @@
+"""Harmonized HC: raw HC pulled towards the identity by one scalar for the whole depth, which a feedback loop sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pipehc.kernels.manifolds.base import Manifold
+
+STATIC_SCALE = 0.05
+"""Static form: H_raw = I + 0.05 * logits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Harmonized(Manifold):
+    """H_res = I + s (H_raw - I). `s` is a tensor of shape [] on the device of the streams, changed in place by the controller.
+
+    No gradient flows to s: the composite gain sets it, not the loss. With `unconditioned`, the coefficients do not depend on x:
+    H_raw = I + 0.05 * logits, and H_pre and H_post are softmax of logits.
+    """
+
+    per_stream: ClassVar[bool] = True
+    s: Tensor
+    unconditioned: bool = False
+
+    @property
+    def scalar(self) -> Tensor:
+        return self.s.detach()
+
+    @property
+    def static(self) -> bool:
+        return self.unconditioned
+
+    def map(self, logits: Tensor) -> Tensor:
+        eye = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        s = self.scalar.to(logits.dtype)
+        if self.unconditioned:
+            return eye + s * STATIC_SCALE * logits
+        return eye + s * (logits - eye)
+
+    def initial_res(self, n: int) -> Tensor:
+        return torch.zeros(n, n) if self.unconditioned else torch.eye(n)
+
+    def initial_bias(self, n: int) -> Tensor:
+        """As for HC; zeros in the static form, where softmax gives H_pre = H_post = 1/n."""
+        return torch.zeros(n * n + 2 * n) if self.unconditioned else super().initial_bias(n)

@@ -1,0 +1,47 @@
+"""The end of one sub-layer fused with the start of the next: the new streams are projected and aggregated as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from pipehc.kernels.coefficients import check_coefficients
+from pipehc.kernels.coefficients_pre import coefficients_pre_reference
+from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.post_res import check_post_res, post_res_reference
+
+
+def post_res_pre(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi_next: Tensor,
+    alpha_next: Tensor,
+    bias_next: Tensor,
+    *,
+    manifold: Manifold,
+    fixed: Collection[str] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x' [T, n, C] as `post_res`, and y' [T, C], H_post' [T, n], H_res' [T, n, n] as `coefficients_pre` of x' with the next
+    sub-layer's parameters, manifold and switches."""
+    check_post_res(x, f, h_post, h_res)
+    check_coefficients(x, phi_next, alpha_next, bias_next, manifold, fixed)
+    return post_res_pre_reference(x, f, h_post, h_res, phi_next, alpha_next, bias_next, manifold, fixed)
+
+
+def post_res_pre_reference(
+    x: Tensor,
+    f: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi_next: Tensor,
+    alpha_next: Tensor,
+    bias_next: Tensor,
+    manifold: Manifold,
+    fixed: Collection[str] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in plain PyTorch."""
+    x_next = post_res_reference(x, f, h_post, h_res)
+    return x_next, *coefficients_pre_reference(x_next, phi_next, alpha_next, bias_next, manifold, fixed)

@@ -1,0 +1,199 @@
+"""The hyper-connection of one sub-layer: its parameters, and the operations on streams in Megatron's layout [s, b, n*C]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pipehc import kernels
+from pipehc.kernels import manifolds
+
+Kind = Literal["hc", "mhc", "isohc", "hybrid", "harmonized"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+PHI_STD = 0.02
+"""Standard deviation of phi at initialisation, as for the linear layers around it."""
+
+
+class HyperConnection(nn.Module):
+    """Maps H_pre, H_post and H_res of one sub-layer F:  x' = H_res x + H_post^T F(H_pre x).
+
+    Parameters, fp32 whatever the model's dtype: phi [n*C, n*n + 2n] (hc and harmonized: [C, n + 2]), alpha [3],
+    bias [n*n + 2n]; for hybrid also blend_logit [], lambda before its sigmoid. Buffer of harmonized:
+    s [], to be set in place by a feedback controller.
+
+    Streams are [s, b, n*C]; coefficients are [s*b, n] and [s*b, n, n]. With `track` set, the token mean of H_res is gathered for
+    diagnostics and feedback (`take_mean_h_res`).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        streams: int = 4,
+        kind: Kind = "mhc",
+        *,
+        alpha: float = 0.01,
+        iterations: int = 20,
+        condition: float = 1e4,
+        static: bool = False,
+        fixed: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
+        if hidden_size < 1 or streams < 1:
+            raise ValueError(f"hidden_size={hidden_size}, streams={streams}: both must be at least 1")
+        if static and kind != "harmonized":
+            raise ValueError(f"static=True with kind={kind!r}: only harmonized has a static form")
+        self.hidden_size, self.streams, self.kind, self.fixed = hidden_size, streams, kind, tuple(fixed)
+        self.initial_alpha: float = alpha
+        self.track = False
+        self._h_res_sum: Tensor | None = None
+        self._tokens = 0
+        self.static = static
+        self._birkhoff, self._isometric = manifolds.Birkhoff(iterations), manifolds.Isometric(condition)
+        if kind == "hybrid":
+            self.blend_logit = nn.Parameter(torch.empty(()))
+        if kind == "harmonized":
+            self.register_buffer("s", torch.ones(()))
+        manifold = self.manifold
+        # Static coefficients have no projection; empty parameters would only trouble optimizers and checkpoints.
+        self.phi = None if static else nn.Parameter(torch.empty(manifold.phi_shape(streams, hidden_size)))
+        self.alpha = None if static else nn.Parameter(torch.empty(3))
+        self.bias = nn.Parameter(torch.empty(streams * streams + 2 * streams))
+        self.reset_parameters()
+
+    @property
+    def manifold(self) -> manifolds.Manifold:
+        """The map from logits to H_res, with the present value of its scalar."""
+        match self.kind:
+            case "mhc":
+                return self._birkhoff
+            case "isohc":
+                return self._isometric
+            case "hybrid":
+                return manifolds.Hybrid(torch.sigmoid(self.blend_logit), self._birkhoff, self._isometric)
+            case "harmonized":
+                return manifolds.Harmonized(self.get_buffer("s"), self.static)
+            case _:
+                return manifolds.IdentityOffset()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """phi normal(0, 0.02), alpha 0.01; with alpha = 0 the bias gives H_pre = 1/n, H_post = 1, H_res (nearly) the identity."""
+        if self.phi is not None and self.alpha is not None:
+            self.phi.normal_(0.0, PHI_STD, generator=generator)
+            self.alpha.fill_(self.initial_alpha)
+        self.bias.copy_(self.manifold.initial_bias(self.streams))
+        if self.kind == "hybrid":
+            self.blend_logit.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperConnection:
+        """Moves with the model but stays fp32 when the model is cast to bf16 or fp16 (paper, eq. 10 to 13)."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        applied: HyperConnection = super()._apply(keep_dtype, recurse)
+        return applied
+
+    # -- operations on [s, b, n*C]
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """H_pre [s*b, n], H_post [s*b, n], H_res [s*b, n, n] of streams x [s, b, n*C]."""
+        h_pre, h_post, h_res = kernels.coefficients(self._split(x), *self._parameters_of_maps(), **self._settings())
+        self._record(h_res)
+        return h_pre, h_post, h_res
+
+    def pre(self, x: Tensor, h_pre: Tensor) -> Tensor:
+        """Input of the sub-layer, [s, b, C]."""
+        return kernels.pre(self._split(x), h_pre).view(*x.shape[:2], self.hidden_size)
+
+    def coefficients_pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input of the sub-layer [s, b, C], H_post and H_res, in one launch: the start of a stage."""
+        y, h_post, h_res = kernels.coefficients_pre(self._split(x), *self._parameters_of_maps(), **self._settings())
+        self._record(h_res)
+        return y.view(*x.shape[:2], self.hidden_size), h_post, h_res
+
+    def post_res(self, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+        """Streams after the sub-layer, [s, b, n*C], from its output f [s, b, C]."""
+        return kernels.post_res(self._split(x), self._tokens_of(f), h_post, h_res).view(x.shape)
+
+    def post_res_pre(
+        self, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, following: HyperConnection
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`post_res` of this sub-layer and `coefficients_pre` of the `following` one in one launch: x', y', H_post', H_res'."""
+        x_next, y, h_post_next, h_res_next = kernels.post_res_pre(
+            self._split(x), self._tokens_of(f), h_post, h_res, *following._parameters_of_maps(), **following._settings()
+        )
+        following._record(h_res_next)
+        return x_next.view(x.shape), y.view(f.shape), h_post_next, h_res_next
+
+    # -- diagnostics
+
+    def take_mean_h_res(self) -> Tensor | None:
+        """Mean of the applied H_res over all tokens since the last call, [n, n] fp32; None if nothing ran with `track` set."""
+        if self._h_res_sum is None:
+            return None
+        mean = self._h_res_sum / self._tokens
+        self._h_res_sum, self._tokens = None, 0
+        return mean
+
+    def _record(self, h_res: Tensor) -> None:
+        if self.track and h_res.shape[0]:
+            total = h_res.detach().sum(0)
+            self._h_res_sum = total if self._h_res_sum is None else self._h_res_sum + total
+            self._tokens += h_res.shape[0]
+
+    # -- layout
+
+    def _parameters_of_maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.phi is None or self.alpha is None:
+            return self.bias.new_empty(0), self.bias.new_empty(0), self.bias
+        return self.phi, self.alpha, self.bias
+
+    def _settings(self) -> dict[str, Any]:
+        return {"manifold": self.manifold, "fixed": self.fixed}
+
+    def _split(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[2] != self.streams * self.hidden_size:
+            raise ValueError(f"streams have shape {list(x.shape)}: must be [s, b, {self.streams}*{self.hidden_size}]")
+        return x.reshape(-1, self.streams, self.hidden_size)
+
+    def _tokens_of(self, f: Tensor) -> Tensor:
+        return f.reshape(-1, self.hidden_size)
+
+
+def expand(x: Tensor, streams: int) -> Tensor:
+    """Entry: the embedding [s, b, C] copied to n streams, [s, b, n*C]."""
+    return x.repeat(1, 1, streams)
+
+
+def contract(x: Tensor, streams: int, how: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Exit: streams [s, b, n*C] reduced to [s, b, C] before the final norm, summed in fp32 (fp64 stays)."""
+    if how not in ("mean", "sum"):
+        raise ValueError(f"how={how!r}: must be 'mean' or 'sum'")
+    if x.dim() != 3 or x.shape[2] % streams:
+        raise ValueError(f"streams have shape {list(x.shape)}: must be [s, b, {streams}*C]")
+    split = x.unflatten(-1, (streams, -1))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = split.sum(-2, dtype=dtype)
+    return (total / streams if how == "mean" else total).to(x.dtype)
+
+
+def composite(h_res: Iterable[Tensor], streams: int) -> Tensor:
+    """Product H_L ... H_2 H_1 of applied maps [n, n] in order of depth, in fp64. The product of stages is the product of theirs."""
+    product = torch.eye(streams, dtype=torch.float64)
+    for h in h_res:
+        product = h.to(dtype=torch.float64, device="cpu") @ product
+    return product
+
+
+def composite_gain(product: Tensor) -> float:
+    """Amax gain of a product [n, n]: the larger of the largest absolute row sum (forward) and column sum (backward)."""
+    magnitude = product.abs()
+    return float(torch.maximum(magnitude.sum(-1).max(), magnitude.sum(-2).max()))
