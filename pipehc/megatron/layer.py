@@ -22,7 +22,7 @@ class Connection(Protocol):
         """[s, b, n*C] -> the input of F [s, b, C], H_post, H_res."""
         ...
 
-    def post_res(self, x: torch.Tensor, f: torch.Tensor, h_post: Coefficients, h_res: Coefficients) -> torch.Tensor:
+    def post_res(self, x: torch.Tensor, f: torch.Tensor, h_post: Any, h_res: Any) -> torch.Tensor:
         """[s, b, n*C] and the output of F [s, b, C] -> [s, b, n*C]."""
         ...
 
@@ -38,18 +38,12 @@ class PlainConnection(nn.Module):
 
 
 def build_connection(hidden_size: int, residual: Any) -> Connection:
-    """The connection that the section `residual` of the configuration asks for.
-
-    Raises:
-        ValueError: for a kind that does not exist.
-    """
+    """The connection that the section `residual` of the configuration asks for."""
     if residual.kind == "none":
         return PlainConnection()
-    if residual.kind == "mhc":
-        return HyperConnection(
-            hidden_size, residual.streams, alpha=residual.alpha, sinkhorn_iterations=residual.sinkhorn_iterations
-        )
-    raise ValueError(f"residual.kind: {residual.kind!r} is not known; allowed: none, mhc")
+    return HyperConnection(
+        hidden_size, residual.streams, residual.kind, alpha=residual.alpha, iterations=residual.sinkhorn_iterations
+    )
 
 
 class AfterAttention(NamedTuple):
