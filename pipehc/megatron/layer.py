@@ -87,9 +87,7 @@ class HyperConnectionLayer(TransformerLayer):
         """All-to-all: each token to the ranks of its experts. Experts only."""
         return self.mlp.dispatch(tokens, probs)
 
-    def experts(
-        self, normed: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def experts(self, normed: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The node `mlp` of a block with experts: (routed [tokens, C], shared [s, b, C] or None)."""
         shared = self.mlp.shared_experts_compute(normed)
         routed, _ = self.mlp.routed_experts_compute(tokens, probs)

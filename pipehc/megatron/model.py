@@ -196,7 +196,8 @@ def parameter_names(stage: nn.Module) -> dict[str, nn.Parameter]:
 
 def buffer_names(stage: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that are part of the model's state, by global name: the experts' balancing biases (fp32 [experts])."""
-    return {name: buffer for name, buffer in stage.named_buffers() if name.endswith(".expert_bias")}
+    persistent = stage.state_dict().keys()
+    return {name: buffer for name, buffer in stage.named_buffers() if name in persistent}
 
 
 def initialise(stage: nn.Module, seed: int, std: float) -> None:
@@ -215,12 +216,12 @@ def initialise(stage: nn.Module, seed: int, std: float) -> None:
             else:
                 generator = torch.Generator().manual_seed(_seed(seed, name))
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
-        for buffer in buffer_names(stage).values():
-            buffer.zero_()
+        for name, buffer in stage.named_buffers():
+            if name.endswith(".expert_bias"):
+                buffer.zero_()
     for name, connection in connections.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(_seed(seed, name))
-            connection.reset_parameters()
+        device = next(connection.parameters()).device
+        connection.reset_parameters(torch.Generator(device).manual_seed(_seed(seed, name)))
 
 
 def _given(name: str, tensor: torch.Tensor | None) -> torch.Tensor:
