@@ -59,12 +59,11 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.groups, by_stage)
 
         self.device = next(by_stage[0].parameters()).device
-        edges = self.train_program.edges()
         replicas = dp * parallel.tp
         pipelines = [[position * replicas + i for position in range(parallel.pp)] for i in range(replicas)]
-        self._edges = edge_groups(pipelines, edges)
         shape = (train.sequence_length, train.micro_batch, config.residual.width * config.model.hidden_size)
-        self._mailbox = Mailbox(self._edges, shape, DTYPES[train.precision], self.device, config.runtime.timeout_s)
+        messages = edge_groups(pipelines, self.train_program.edges())
+        self._mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, config.runtime.timeout_s)
 
     def step(self, step: int, split: Split, sampler: Sampler) -> StepResult:
         """Trains on the samples of step `step` (from 1). Raises TrainingError, on every rank and before any weight changes, if
@@ -107,12 +106,6 @@ class Trainer:
     def after_load(self) -> None:
         """Makes the model's weights follow the optimizer state that was just loaded in place. Collective."""
         self.optimizer.after_load()
-
-    def destroy(self) -> None:
-        """Frees the process groups, so that another Trainer can be built in the same processes. Collective."""
-        for group in self._edges.values():
-            dist.destroy_process_group(group)
-        self.groups.destroy()
 
     def _run(self, program: Program, split: Split, sampler: Any, first: int, step: int) -> float:
         """Executes a program over the samples from `first` on; returns the mean loss per token over the whole world."""

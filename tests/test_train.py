@@ -1,0 +1,165 @@
+"""The command itself, under torchrun: trains, resumes bit for bit, survives killed ranks, refuses what cannot work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "model": {
+        "vocab_size": 256, "hidden_size": 16, "blocks": 4, "dense_blocks": 1, "heads": 2, "head_dim": 8, "rope_dim": 4, "kv_rank": 8,
+        "expert_ffn_size": 8, "dense_ffn_size": 16, "experts": 4, "experts_active": 2, "experts_shared": 1,
+    },
+    "residual": {"kind": "mhc", "streams": 2},
+    "parallel": {"pp": 2},
+    "schedule": {"name": "dualpipe"},
+    "train": {"steps": 6, "sequence_length": 16, "micro_batch": 1, "global_batch": 4},
+    "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+    "evaluation": {"interval": 3, "samples": 4},
+    "checkpoint": {"interval": 2, "keep": 2},
+    "runtime": {"timeout_s": 20},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A few documents, so that no run has to read the whole standard library."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * 20)
+    return folder
+
+
+@pytest.fixture
+def write(tmp_path, text):
+    def config(**sections):
+        merged = {name: {**TINY.get(name, {}), **sections.get(name, {})} for name in TINY | sections}
+        merged["data"] = {"paths": [str(text)], **merged.get("data", {})}
+        merged["run"] = {"folder": str(tmp_path / "run"), **merged.get("run", {})}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(merged))
+        return path
+
+    return config
+
+
+def command(config, *overrides, processes=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    start = launcher if processes > 1 else [sys.executable]
+    return [*start, "-m", "pipehc.train", "--config", str(config), *overrides]
+
+
+def train(*args, timeout=180, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(*args, **kwargs), capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment
+    )
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
+
+
+def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
+    """One uninterrupted run; one stopped half-way and resumed: equal bits. Its checkpoint then goes on in two other layouts."""
+    config = write()
+    whole = train(config, f"run.folder={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert "best validation loss" in whole.stdout and str(tmp_path / "whole") in whole.stdout
+    lines = metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
+    assert all({"loss", "grad_norm", "lr", "tokens_per_s"} <= line.keys() for line in lines[1:])
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
+    assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["train"]["steps"] == 6
+
+    part = tmp_path / "part"
+    assert train(config, f"run.folder={part}", "train.steps=4", "optimizer.decay=[]").returncode == 0
+    resumed = train(config, f"run.folder={part}")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "going on after step 4" in resumed.stdout
+    assert losses(part) == losses(tmp_path / "whole")
+
+    checkpoint = next(path for path in (tmp_path / "whole" / "checkpoints").iterdir() if path.name.endswith("4"))
+    for processes, overrides in ((2, ["schedule.name=1f1b"]), (1, ["schedule.name=1f1b", "parallel.pp=1"])):
+        folder = tmp_path / f"over-{processes}"
+        other = train(config, f"run.folder={folder}", f"checkpoint.resume={checkpoint}", *overrides, processes=processes)
+        assert other.returncode == 0, other.stderr[-3000:]
+        assert losses(folder) == pytest.approx({step: losses(tmp_path / "whole")[step] for step in (5, 6)}, rel=1e-5)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job_and_it_resumes(write, tmp_path, victim):
+    config = write(train={**TINY["train"], "steps": 60}, checkpoint={"interval": 5, "keep": 2})
+    folder = tmp_path / "run"
+    job = subprocess.Popen(
+        command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 12:
+            assert time.monotonic() < deadline and job.poll() is None, job.communicate()
+            time.sleep(0.05)
+        ranks = [p for p in psutil.Process(job.pid).children(recursive=True) if p.environ().get("RANK") == str(victim)]
+        killed = time.monotonic()
+        ranks[0].send_signal(signal.SIGKILL)
+        _, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert time.monotonic() - killed < 60
+    assert job.returncode != 0
+    assert errors.count("pipehc: rank") == 1, errors
+    assert "in step" in errors or "saving" in errors or "evaluation" in errors, errors
+    assert "Traceback" not in errors.split("torch.distributed.elastic")[0], errors
+
+    # A checkpoint that lost a file is skipped with a warning.
+    newest = max((folder / "checkpoints").glob("step-*"))
+    next(newest.glob("*.distcp")).unlink()
+    again = train(config, "train.steps=14", "checkpoint.keep=3")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert newest.name in again.stdout + again.stderr
+    first = metrics(folder)
+    undisturbed = train(config, "train.steps=14", f"run.folder={tmp_path / 'undisturbed'}")
+    assert undisturbed.returncode == 0
+    assert {line["step"]: line["loss"] for line in first if "loss" in line} == losses(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.pp=3", "model.blocks=6"], "parallel.pp: 3"),
+        (["train.global_batch=2"], "train.global_batch: 2"),
+        (["parallel.pp=4"], "number of processes"),
+        (["data.paths=[/nowhere]"], "data.paths: '/nowhere'"),
+        (["train.stepz=3"], "train.stepz"),
+        (["train.sequence_length=100000"], "sequence_length"),
+    ],
+)
+def test_broken_configurations_on_several_processes(write, overrides, said):
+    """Every process exits with 2 and one of them speaks; torchrun's own report follows."""
+    result = train(write(), *overrides, timeout=60)
+    assert result.returncode != 0
+    ours = result.stderr.split("torch.distributed.elastic")[0]
+    assert ours.count("configuration error") == 1 and said in ours, result.stderr
+    assert "Traceback" not in ours.split("configuration error")[1], ours
+    assert "exitcode  : 2" in result.stderr, result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(write, tmp_path):
+    config = write()
+    result = train(config, "optimizer.lr=1e30", "optimizer.warmup_steps=0", "optimizer.clip_grad=0")
+    assert result.returncode != 0
+    assert result.stderr.count("pipehc: rank") == 1
+    assert "step 2" in result.stderr and "rank" in result.stderr, result.stderr
+    assert 2 not in losses(tmp_path / "run")
