@@ -118,13 +118,14 @@ class Optimizer:
         for part in self._parts:
             for parameter, shard, start in _owned(part):
                 name, shape = self._names[parameter], tuple(parameter.shape)
-                state[f"weights.{name}"] = FlatSlice(shape, start, shard.detach())
+                state[f"weights.{name}"] = FlatSlice(shape, start, shard.data)
                 for moment in MOMENTS:
                     state[f"optimizer.{moment}.{name}"] = FlatSlice(shape, start, part.optimizer.state[shard][moment])
         for model in self.models:
             state |= {f"buffers.{name}": buffer for name, buffer in buffer_names(model).items()}
         return state
 
+    @torch.no_grad()
     def after_load(self) -> None:
         """After loading into `state()`: give the model, on every replica, the weights that were loaded."""
         for part in self._parts:
