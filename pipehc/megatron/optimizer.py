@@ -168,10 +168,9 @@ def _wrap(model: StageModel, groups: Groups) -> DistributedDataParallel:
         settings,
         expert_data_parallel_world_size=groups.collection.expt_dp.size(),
     )
-    # One bucket for each buffer: by default only pipeline rank 0 makes several, and its mirror must make the same.
-    return DistributedDataParallel(
-        model.config, settings, model, disable_bucketing=True, pg_collection=groups.collection, full_param_layout=layout
-    )
+    # Not `disable_bucketing`: that puts the bf16 and fp32 weights of a stage into one coalesced all-gather, which gloo garbles.
+    # Without overlap every buffer is one bucket anyway. With it, only pipeline rank 0 would make several, and its mirror must too.
+    return DistributedDataParallel(model.config, settings, model, pg_collection=groups.collection, full_param_layout=layout)
 
 
 def _distributed_optimizer(config: Any, groups: Groups, chunks: list[DistributedDataParallel]) -> Any:
