@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipehc.schedules.actions import Action, Cell, Pair, actions_of, flatten
 from pipehc.schedules.schedule import Schedule
@@ -22,9 +22,14 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What `check` learned. peak_live[rank]: activations alive at once, F start to W end, in units of 1/P of the model."""
+    """What `check` learned.
+
+    peak_live[rank]: activations alive at once, F start to W end, in units of 1/P of the model. earliest[rank][index]: the time slot
+    at which a cell can run at the earliest, if every cell takes one slot and messages take none.
+    """
 
     peak_live: tuple[float, ...]
+    earliest: tuple[tuple[int, ...], ...] = field(repr=False)
 
 
 def check(schedule: Schedule) -> Facts:
@@ -35,9 +40,8 @@ def check(schedule: Schedule) -> Facts:
     """
     where = _locate(schedule)
     _check_complete(schedule, where)
-    order = _topological_order(schedule, where)
-    assert len(order) == sum(len(row) for row in schedule.rows)
-    return Facts(tuple(_peak_live(schedule, rank) for rank in range(schedule.ranks)))
+    earliest = _run_untimed(schedule, where)
+    return Facts(tuple(_peak_live(schedule, rank) for rank in range(schedule.ranks)), earliest)
 
 
 def producer(schedule: Schedule, action: Action) -> tuple[Action, ...]:
@@ -104,36 +108,39 @@ def _check_complete(schedule: Schedule, where: dict[Action, Place]) -> None:
                     raise ScheduleError(reason, schedule, [where[a] for a in (F, R, there[0])])
 
 
-def _topological_order(schedule: Schedule, where: dict[Action, Place]) -> list[Place]:
-    """An order in which all cells can run. Raises ScheduleError, marking the circle of waits, if there is none."""
-    done: set[Action] = set()
-    position = [0] * schedule.ranks
+def _run_untimed(schedule: Schedule, where: dict[Action, Place]) -> tuple[tuple[int, ...], ...]:
+    """The earliest slot of every cell. Raises ScheduleError, marking the circle of waits, if some cell can never run."""
+    done: dict[Action, int] = {}  # action -> its slot
+    slots: list[list[int]] = [[] for _ in schedule.rows]
     waiting: dict[Action, list[int]] = {}  # action that is not done -> ranks stuck until it is
-    order: list[Place] = []
     runnable = list(range(schedule.ranks))
     while runnable:
         rank = runnable.pop()
-        row = schedule.rows[rank]
-        while position[rank] < len(row):
-            cell = row[position[rank]]
-            missing = _missing(schedule, cell, where, done)
-            if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
-                break
-            order.append((rank, position[rank]))
-            position[rank] += 1
-            for action in actions_of(cell):
-                done.add(action)
-                runnable.extend(waiting.pop(action, ()))
+        row, own = schedule.rows[rank], slots[rank]
+        while len(own) < len(row):
+            slot = own[-1] + 1 if own else 0
+            for action in actions_of(row[len(own)]):
+                if needed := producer(schedule, action):
+                    found = next((done[a] for a in needed if a in done), None)
+                    if found is None:
+                        missing = next(a for a in needed if a in where)
+                        waiting.setdefault(missing, []).append(rank)
+                        break
+                    slot = max(slot, found + 1)
+            else:
+                for action in actions_of(row[len(own)]):
+                    done[action] = slot
+                    runnable.extend(waiting.pop(action, ()))
+                own.append(slot)
+                continue
+            break
     if waiting:
         needs = {rank: action for action, ranks in waiting.items() for rank in ranks}
-        raise _deadlock(schedule, where, position, needs)
-    return order
+        raise _deadlock(schedule, where, [len(own) for own in slots], needs)
+    return tuple(map(tuple, slots))
 
 
-def _deadlock(
-    schedule: Schedule, where: dict[Action, Place], position: list[int], needs: dict[int, Action]
-) -> ScheduleError:
+def _deadlock(schedule: Schedule, where: dict[Action, Place], position: list[int], needs: dict[int, Action]) -> ScheduleError:
     """Every stuck rank waits for an action that lies behind the cell at which its own rank is stuck: so some wait in a circle."""
     seen: list[int] = []
     rank = min(needs)
@@ -147,15 +154,6 @@ def _deadlock(
     ]
     places = [place for r in circle for place in (stuck[r], where[needs[r]])]
     return ScheduleError("deadlock: " + ", ".join(waits), schedule, places)
-
-
-def _missing(schedule: Schedule, cell: Cell, where: dict[Action, Place], done: set[Action]) -> Action | None:
-    """The first action that `cell` still waits for. A pair waits for both of its halves' inputs."""
-    for action in actions_of(cell):
-        needed = producer(schedule, action)
-        if needed and not any(a in done for a in needed):
-            return next((a for a in needed if a in where), needed[0])
-    return None
 
 
 def _peak_live(schedule: Schedule, rank: int) -> float:

@@ -2,95 +2,103 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from pipehc.schedules.actions import Action, Pair, flatten
+from pipehc.schedules.buffers import add_events, assign_slots
 from pipehc.schedules.check import check
-from pipehc.schedules.program import Instruction, Message, Post, Program, Run, Send, Wait
+from pipehc.schedules.order import incoming, outgoing
+from pipehc.schedules.program import ComputeQueue, Edge, Instruction, Message, Post, Program, Run, Send, Wait
 from pipehc.schedules.schedule import Schedule
 from pipehc.schedules.verify import verify
 
 
-def compile(schedule: Schedule, *, ahead: int = 2, split_backward: bool = True, recompute: bool = False) -> Program:
+def compile(
+    schedule: Schedule, *, ahead: int = 2, split_backward: bool = True, recompute: bool = False, high: bool = False
+) -> Program:
     """The program of `schedule`, checked before and verified after.
 
-    ahead: receives posted per directed edge before the first of them is needed; it bounds the receive buffers.
+    ahead: receives posted on a directed edge beyond those that the current cell waits for; it bounds the receive buffers.
     split_backward: a full backward whose input gradient goes to another rank becomes I, send, W: the neighbour starts earlier.
     recompute: an R before the wait for the gradient that needs it, for every backward that has none in the schedule.
+    high: the last piece of a forward and the first of a backward run on the high-priority queue (mHC's post-residual of the MLP).
     Raises ScheduleError if the schedule cannot run, ValueError if `ahead` is not positive.
     """
     if ahead < 1:
         raise ValueError(f"ahead = {ahead}: must be at least 1")
-    check(schedule)
-    lowered = [_lower_row(schedule, rank, split_backward, recompute) for rank in range(schedule.ranks)]
-    sent: dict[tuple[int, int], list[Message]] = {}
+    earliest = check(schedule).earliest
+    lowered = [_lower_row(schedule, rank, split_backward, recompute, high) for rank in range(schedule.ranks)]
+    sent: dict[Edge, list[Message]] = {}
     for row in lowered:
-        for instruction in row:
+        for _, instruction in row:
             if isinstance(instruction, Send):
                 sent.setdefault((instruction.message.source, instruction.message.target), []).append(instruction.message)
-    program = Program(schedule, tuple(_add_posts(rank, row, sent, ahead) for rank, row in enumerate(lowered)))
+    posted: dict[Message, int] = {}  # the slot of time in which its receive is posted, see Facts.earliest
+    rows = []
+    for rank, row in enumerate(lowered):
+        row = _add_posts(rank, row, sent, ahead)
+        for cell, instruction in row:
+            if isinstance(instruction, Post):
+                posted[instruction.message] = earliest[rank][cell - 1] + 1 if cell else 0
+        rows.append(row)
+    program = Program(
+        schedule,
+        tuple(
+            add_events(schedule, rank, assign_slots(schedule, [(earliest[rank][cell], i) for cell, i in row], posted, ahead + 1))
+            for rank, row in enumerate(rows)
+        ),
+    )
     verify(program)
     return program
 
 
-def incoming(schedule: Schedule, action: Action) -> Message | None:
-    """The message that `action` needs from another rank, if any."""
-    placement, (kind, stage, microbatch, lane) = schedule.placement, action
-    if kind == "F" and stage:
-        source, name = placement.rank(lane, stage - 1), "activation"
-    elif kind in "BI" and stage + 1 < placement.stages:
-        source, name = placement.rank(lane, stage + 1), "gradient"
-    else:
-        return None
-    target = placement.rank(lane, stage)
-    return None if source == target else Message(name, lane, stage, microbatch, source, target)  # type: ignore[arg-type]
+class _Placed(NamedTuple):
+    cell: int  # the index in the schedule's row that the instruction belongs to
+    instruction: Instruction
 
 
-def outgoing(schedule: Schedule, action: Action) -> Message | None:
-    """The message that carries the result of `action` to another rank, if any."""
-    kind, stage, microbatch, lane = action
-    if kind == "F" and stage + 1 < schedule.placement.stages:
-        return incoming(schedule, Action("F", stage + 1, microbatch, lane))
-    if kind in "BI" and stage:
-        return incoming(schedule, Action("I", stage - 1, microbatch, lane))
-    return None
-
-
-def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: bool) -> list[Instruction]:
+def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: bool, high: bool) -> list[_Placed]:
     """Waits, runs and sends of one rank. The forward half of a pair sends before its backward half waits."""
-    row: list[Instruction] = []
+    row: list[_Placed] = []
     recomputed = {action for action in flatten(schedule.rows[rank]) if action.kind == "R"}
+    special: ComputeQueue = "high" if high else "compute"
 
-    def lower(action: Action, pair: int | None) -> None:
-        if recompute and action.kind in "BI" and (again := action._replace(kind="R")) not in recomputed:
-            row.append(Run(again, pair))
+    def lower(cell: int, action: Action, pair: int | None) -> None:
+        def add(instruction: Instruction) -> None:
+            row.append(_Placed(cell, instruction))
+
+        backward = action.kind in "BI"
+        if recompute and backward and (again := action._replace(kind="R")) not in recomputed:
+            add(Run(again, pair))
         if (message := incoming(schedule, action)) is not None:
-            row.append(Wait(message))
+            add(Wait(message, special if backward else "compute"))
         out = outgoing(schedule, action)
         split = split_backward and action.kind == "B" and out is not None
-        row.append(Run(action._replace(kind="I") if split else action, pair))
+        entry, exit = (special if backward else "compute"), (special if action.kind == "F" else "compute")
+        add(Run(action._replace(kind="I") if split else action, pair, entry, exit))  # type: ignore[arg-type]
         if out is not None:
-            row.append(Send(out))
+            add(Send(out))
         if split:
-            row.append(Run(action._replace(kind="W"), pair))
+            add(Run(action._replace(kind="W"), pair))
 
     pairs = 0
-    for cell in schedule.rows[rank]:
+    for index, cell in enumerate(schedule.rows[rank]):
         if isinstance(cell, Pair):
-            lower(cell.forward, pairs)
-            lower(cell.backward, pairs)
+            lower(index, cell.forward, pairs)
+            lower(index, cell.backward, pairs)
             pairs += 1
         else:
-            lower(cell, None)
+            lower(index, cell, None)
     return row
 
 
-def _add_posts(
-    rank: int, row: list[Instruction], sent: dict[tuple[int, int], list[Message]], ahead: int
-) -> tuple[Instruction, ...]:
+def _add_posts(rank: int, row: list[_Placed], sent: dict[Edge, list[Message]], ahead: int) -> list[_Placed]:
     """Inserts the posts: on each edge in the order of the peer's sends, `ahead` receives before they must be posted.
 
-    A receive must be posted before its own wait and, since an edge is a FIFO, before the wait for anything sent after it.
+    A receive must be posted before its own wait and, since an edge is a FIFO, before the wait for anything sent after it. Posts go
+    before a whole cell, so that a pair may take in the inputs of both of its halves before it starts.
     """
-    waits = {i.message: position for position, i in enumerate(row) if isinstance(i, Wait)}
+    waits = {i.message: cell for cell, i in row if isinstance(i, Wait)}
     posts: dict[int, list[Instruction]] = {}
     for (_, target), messages in sorted(sent.items()):
         if target != rank:
@@ -100,8 +108,8 @@ def _add_posts(
             latest[k] = min(latest[k], latest[k + 1])
         for k, message in enumerate(messages):
             posts.setdefault(latest[k - ahead] if k >= ahead else 0, []).append(Post(message))
-    result: list[Instruction] = []
-    for position, instruction in enumerate(row):
-        result += posts.get(position, [])
-        result.append(instruction)
-    return tuple(result)
+    result: list[_Placed] = []
+    for placed in row:
+        result += [_Placed(placed.cell, post) for post in posts.pop(placed.cell, ())]
+        result.append(placed)
+    return result

@@ -1,7 +1,12 @@
-"""Compiled programs: per rank a list of instructions, with every message, post and wait spelled out.
+"""Compiled programs: per rank a list of instructions, with every message, post, wait, queue, buffer and event spelled out.
 
-An instruction is issued by the host in list order. Only `Wait` makes the compute queue wait for another rank; nothing ever waits
-for a send before the end (gloo completes a send only when the peer has posted its receive: two ranks that wait on a send hang).
+An instruction is issued by the host in list order and runs on a queue. Queues run side by side: the two compute queues of a rank,
+and for every directed edge one queue that sends and one that receives. Within a queue, order is the order of issue; between queues
+it is made by `Wait` and by events. An event is a number, unique on its rank: the instruction that has it as its `event` records it
+when it ends, and instructions that list it in `after` do not start before that.
+
+A host that runs in step with its only compute queue (CPU) may ignore events whose recorder is a Run. The event of a Send means
+that the peer has the data: from then on its buffer may be written again, or its tensor be dropped.
 """
 
 from __future__ import annotations
@@ -11,6 +16,9 @@ from typing import Literal, NamedTuple
 
 from pipehc.schedules.actions import Action
 from pipehc.schedules.schedule import Schedule
+
+ComputeQueue = Literal["compute", "high"]
+Edge = tuple[int, int]  # source rank, target rank
 
 
 class Message(NamedTuple):
@@ -29,28 +37,41 @@ class Message(NamedTuple):
 
 
 class Post(NamedTuple):
-    """Posts the receive of a message, ahead of its use, in the order in which the peer sends."""
+    """Posts the receive of a message into buffer `slot` of its edge, ahead of its use, in the order in which the peer sends."""
 
     message: Message
+    slot: int = 0
+    after: tuple[int, ...] = ()
 
 
 class Wait(NamedTuple):
-    """Lets the compute queue wait until a posted message has arrived."""
+    """Lets a compute queue wait until a posted message has arrived."""
 
     message: Message
+    queue: ComputeQueue = "compute"
 
 
 class Send(NamedTuple):
-    """Hands a result, computed before in program order, to the peer; returns at once."""
+    """Hands a result, computed before in program order into send buffer `slot` of its edge, to the peer; returns at once."""
 
     message: Message
+    slot: int = 0
+    after: tuple[int, ...] = ()
+    event: int | None = None
 
 
 class Run(NamedTuple):
-    """Runs one action. `pair` numbers the overlapped pairs of a rank: two instructions of one pair may be interleaved."""
+    """Runs one action. `pair` numbers the overlapped pairs of a rank: two instructions of one pair may be interleaved.
+
+    entry, exit: the queues of the action's first and last piece of work; all between them is on the compute queue.
+    """
 
     action: Action
     pair: int | None = None
+    entry: ComputeQueue = "compute"
+    exit: ComputeQueue = "compute"
+    after: tuple[int, ...] = ()
+    event: int | None = None
 
 
 Instruction = Post | Wait | Send | Run
@@ -63,8 +84,23 @@ class Program:
     schedule: Schedule
     instructions: tuple[tuple[Instruction, ...], ...]
 
-    def edges(self) -> list[tuple[int, int]]:
+    def edges(self) -> list[Edge]:
         """Directed (source, target) rank pairs that carry messages, sorted: the same list on every rank."""
-        return sorted(
-            {(i.message.source, i.message.target) for row in self.instructions for i in row if isinstance(i, Send)}
-        )
+        return sorted({(i.message.source, i.message.target) for row in self.instructions for i in row if isinstance(i, Send)})
+
+    def receive_slots(self) -> dict[Edge, int]:
+        """Receive buffers per edge, on its target."""
+        return self._slots(Post)
+
+    def send_slots(self) -> dict[Edge, int]:
+        """Send buffers per edge, on its source."""
+        return self._slots(Send)
+
+    def _slots(self, kind: type[Post] | type[Send]) -> dict[Edge, int]:
+        slots: dict[Edge, int] = {}
+        for row in self.instructions:
+            for i in row:
+                if isinstance(i, kind):
+                    edge = i.message.source, i.message.target
+                    slots[edge] = max(slots.get(edge, 0), i.slot + 1)
+        return slots

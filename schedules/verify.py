@@ -1,19 +1,24 @@
-"""Proves that a compiled program ends, whatever the timing of its messages, and that it moves the right data.
+"""Proves that a compiled program ends, whatever the timing of its messages, and that every piece of work finds the right data.
 
-The argument. Hosts issue instructions in order; posts and sends return at once; a wait ends when its message has arrived. An edge
-is a FIFO, so a message arrives when it and all earlier ones of its edge are both sent and posted. If posts and sends of an edge
-have the same order, 'all earlier ones' follows from program order. What is left is a graph: program order, and send -> wait.
-Without a circle in it some instruction can always go on, at any speed of any rank or link.
+It ends. Hosts issue instructions in order; posts and sends return at once. A message arrives when it and all earlier ones of its
+edge are both sent and posted; if posts and sends of every edge have the same order, 'all earlier ones' follows from program order.
+Let every instruction block its whole rank until what it waits for is there: a wait until its message is sent, one after the event
+of a send until the peer has posted the receive (gloo and large messages on NCCL complete a send no sooner), a pair until both of
+its halves' messages are there. If even then every rank gets to its end, it does so at any speed of any rank, link or queue.
+
+It finds the right data. Two uses of a tensor, one of them a write, must be ordered by queues, waits and events; and what a piece of
+work reads from a buffer must be the message that it means.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Sequence
 
-from pipehc.schedules.program import Message, Post, Program, Run, Send, Wait
-
-if TYPE_CHECKING:
-    from pipehc.schedules.program import Instruction
+from pipehc.schedules.actions import flatten
+from pipehc.schedules.order import Clock, Order, incoming, outgoing
+from pipehc.schedules.program import Edge, Instruction, Message, Post, Program, Run, Send, Wait
+from pipehc.schedules.schedule import Schedule
 
 
 class ProgramError(ValueError):
@@ -26,13 +31,17 @@ def verify(program: Program) -> int:
     for edge in sorted(sent.keys() | posted.keys()):
         if sent.get(edge, []) != posted.get(edge, []):
             raise ProgramError(f"edge {edge[0]} -> {edge[1]}: sends and posted receives are not the same list in the same order")
-    outstanding = max((_check_rank(rank, row) for rank, row in enumerate(program.instructions)), default=0)
+    outstanding = 0
+    for rank, row in enumerate(program.instructions):
+        _check_work(program.schedule, rank, row)
+        outstanding = max(outstanding, _check_messages(program.schedule, rank, row))
+        _check_order(program.schedule, rank, row)
     _check_progress(program)
     return outstanding
 
 
-def _by_edge(program: Program, kind: type[Send] | type[Post]) -> dict[tuple[int, int], list[Message]]:
-    found: dict[tuple[int, int], list[Message]] = {}
+def _by_edge(program: Program, kind: type[Send] | type[Post]) -> dict[Edge, list[Message]]:
+    found: dict[Edge, list[Message]] = {}
     for rank, row in enumerate(program.instructions):
         for instruction in row:
             if isinstance(instruction, kind):
@@ -44,60 +53,175 @@ def _by_edge(program: Program, kind: type[Send] | type[Post]) -> dict[tuple[int,
     return found
 
 
-def _check_rank(rank: int, row: tuple[Instruction, ...]) -> int:
-    """Post before wait before use, result before send, each once."""
+def _check_work(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> None:
+    """The rank runs what its schedule says, each once; R may be added, and B is I and W."""
+    runs = Counter(split for i in row if isinstance(i, Run) for split in _split(i.action))
+    wanted = Counter(split for action in flatten(schedule.rows[rank]) for split in _split(action))
+    for action in (wanted - runs) + (runs - wanted):
+        if action[0] != "R" or runs[action] != 1:
+            raise ProgramError(f"rank {rank} runs {action[1]}{action[0]}{action[2]} {runs[action]} times, not {wanted[action]}")
+
+
+def _split(action: tuple) -> list[tuple]:
+    kind = action[0]
+    return [(kind, *action[1:])] if kind != "B" else [("I", *action[1:]), ("W", *action[1:])]
+
+
+def _check_messages(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> int:
+    """Post before wait before use, result before send, each once. Returns the largest number of receives outstanding on an edge."""
     posted: set[Message] = set()
     waited: set[Message] = set()
-    done: set[tuple[str, int, int, int]] = set()
+    results: set[Message] = set()
     outstanding: dict[int, int] = {}
     peak = 0
     for instruction in row:
         if isinstance(instruction, Run):
-            kind, stage, microbatch, lane = instruction.action
-            done.add(("F" if kind == "F" else "I" if kind in "BI" else kind, lane, stage, microbatch))
+            needed = incoming(schedule, instruction.action)
+            if needed is not None and needed not in waited:
+                raise ProgramError(f"rank {rank} does not wait, before the use, for the {needed}")
+            if (result := outgoing(schedule, instruction.action)) is not None:
+                results.add(result)
             continue
         message = instruction.message
         if isinstance(instruction, Post):
             if message in posted:
-                raise ProgramError(f"rank {rank} posts twice: {message}")
+                raise ProgramError(f"rank {rank} posts twice the {message}")
             posted.add(message)
             outstanding[message.source] = outstanding.get(message.source, 0) + 1
             peak = max(peak, outstanding[message.source])
         elif isinstance(instruction, Wait):
             if message not in posted or message in waited:
-                raise ProgramError(f"rank {rank} waits for what is not posted, or twice: {message}")
-            if (("F" if message.kind == "activation" else "I"), message.lane, message.stage, message.microbatch) in done:
-                raise ProgramError(f"rank {rank} waits after the use: {message}")
+                raise ProgramError(f"rank {rank} waits for what is not posted, or twice, for the {message}")
             waited.add(message)
             outstanding[message.source] -= 1
         else:
-            step = -1 if message.kind == "activation" else 1
-            result = ("F" if message.kind == "activation" else "I", message.lane, message.stage + step, message.microbatch)
-            if result not in done:
-                raise ProgramError(f"rank {rank} sends before it has computed: {message}")
+            if message not in results:
+                raise ProgramError(f"rank {rank} sends before it has computed, or twice, the {message}")
+            results.remove(message)
     if posted != waited:
-        raise ProgramError(f"rank {rank} never waits for: {next(iter(posted - waited))}")
+        raise ProgramError(f"rank {rank} never waits for the {next(iter(posted - waited))}")
+    if results:
+        raise ProgramError(f"rank {rank} never sends the {next(iter(results))}")
     return peak
 
 
+def _check_order(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> None:
+    """Every two uses of a tensor, one of them a write, are ordered; buffers hold what their readers mean."""
+    order = Order(schedule, rank, row)
+    recorded: dict[int, Clock] = {}
+    for index, instruction in enumerate(row):
+        after: list[Clock] = []
+        if not isinstance(instruction, Wait):
+            for event in instruction.after:
+                if event not in recorded:
+                    raise ProgramError(f"rank {rank}, instruction {index}: nothing before it records event {event}")
+                after.append(recorded[event])
+        for source, location in order.races(instruction, after):
+            what = " ".join(map(str, location))
+            raise ProgramError(f"rank {rank}: instructions {source} and {index} may touch '{what}' at the same time")
+        for message in _reads(schedule, instruction):
+            writer = order.written(order.buffer(message))
+            if writer is None or not _writes(schedule, row[writer], message):
+                raise ProgramError(f"rank {rank}, instruction {index}: its buffer does not hold the {message}")
+        end = order.visit(index, instruction, after)
+        if isinstance(instruction, (Run, Send)) and instruction.event is not None:
+            if instruction.event in recorded:
+                raise ProgramError(f"rank {rank}, instruction {index}: event {instruction.event} is recorded twice")
+            recorded[instruction.event] = end
+    _check_pairs(order, rank, row)
+
+
+def _check_pairs(order: Order, rank: int, row: Sequence[Instruction]) -> None:
+    """The halves of a pair may be interleaved: they share no tensor that one of them writes, and do not wait for each other."""
+    forward: Run | None = None
+    events: set[int | None] = set()
+    for instruction in row:
+        if isinstance(instruction, Send) and forward is not None and instruction.after == (forward.event,):
+            events.add(instruction.event)
+        if not isinstance(instruction, Run) or instruction.pair is None:
+            continue
+        if instruction.action.kind == "F":
+            forward, events = instruction, {instruction.event}
+        elif forward is not None and forward.pair == instruction.pair:
+            one, other = order.pieces(forward), order.pieces(instruction)
+            written = {w for piece in one for w in piece.writes} & {x for piece in other for x in piece.reads + piece.writes}
+            written |= {w for piece in other for w in piece.writes} & {x for piece in one for x in piece.reads}
+            if written or not events.isdisjoint(instruction.after):
+                raise ProgramError(f"rank {rank}: {forward.action} and {instruction.action} are a pair, but cannot be interleaved")
+
+
+def _reads(schedule: Schedule, instruction: Instruction) -> list[Message]:
+    """The messages that lie in buffers and that the instruction reads."""
+    if isinstance(instruction, Send):
+        return [instruction.message]
+    if not isinstance(instruction, Run):
+        return []
+    kinds = {"F": "F", "R": "F"}.get(instruction.action.kind, "FI")
+    found = (incoming(schedule, instruction.action._replace(kind=kind)) for kind in kinds)  # type: ignore[arg-type]
+    return [message for message in found if message is not None]
+
+
+def _writes(schedule: Schedule, instruction: Instruction, message: Message) -> bool:
+    if isinstance(instruction, Run):
+        return outgoing(schedule, instruction.action) == message
+    return isinstance(instruction, Post) and instruction.message == message
+
+
 def _check_progress(program: Program) -> None:
-    position = [0] * len(program.instructions)
+    rows = [_hoist(row) for row in program.instructions]
+    position = [0] * len(rows)
     sent: set[Message] = set()
-    stuck_on: dict[Message, int] = {}
-    runnable = list(range(len(position)))
+    posted: set[Message] = set()
+    stuck: dict[tuple[str, Message], int] = {}
+    sends = [{i.event: i.message for i in row if isinstance(i, Send) and i.event is not None} for row in program.instructions]
+    runnable = list(range(len(rows)))
     while runnable:
         rank = runnable.pop()
-        row = program.instructions[rank]
+        row = rows[rank]
         while position[rank] < len(row):
             instruction = row[position[rank]]
-            if isinstance(instruction, Wait) and instruction.message not in sent:
-                stuck_on[instruction.message] = rank
+            need = _unmet(instruction, sends[rank], sent, posted)
+            if need is not None:
+                stuck[need] = rank
                 break
-            if isinstance(instruction, Send):
-                sent.add(instruction.message)
-                if instruction.message in stuck_on:
-                    runnable.append(stuck_on.pop(instruction.message))
+            if isinstance(instruction, (Post, Send)):
+                done, name = (posted, "posted") if isinstance(instruction, Post) else (sent, "sent")
+                done.add(instruction.message)
+                if (name, instruction.message) in stuck:
+                    runnable.append(stuck.pop((name, instruction.message)))
             position[rank] += 1
-    if stuck_on:
-        waits = "; ".join(f"rank {rank} waits for {message}" for message, rank in stuck_on.items())
+    if stuck:
+        circle = sorted((rank, what, message) for (what, message), rank in stuck.items())
+        waits = "; ".join(f"rank {rank} waits until {message} is {what}" for rank, what, message in circle)
         raise ProgramError(f"deadlock: {waits}")
+
+
+def _unmet(
+    instruction: Instruction, sends: dict[int, Message], sent: set[Message], posted: set[Message]
+) -> tuple[str, Message] | None:
+    """What has to happen on another rank before the instruction can go on."""
+    if isinstance(instruction, Wait):
+        return None if instruction.message in sent else ("sent", instruction.message)
+    for event in instruction.after:
+        message = sends.get(event)
+        if message is not None and message not in posted:
+            return "posted", message
+    return None
+
+
+def _hoist(row: Sequence[Instruction]) -> list[Instruction]:
+    """The row with what a pair waits for moved in front of the pair: its halves may be interleaved in any way."""
+    result: list[Instruction] = []
+    start: dict[int, int] = {}  # pair -> where it begins in the result
+    last = {i.pair: k for k, i in enumerate(row) if isinstance(i, Run) and i.pair is not None}
+    current: int | None = None
+    for k, instruction in enumerate(row):
+        if isinstance(instruction, Run) and instruction.pair is not None and instruction.pair not in start:
+            current = instruction.pair
+            start[current] = len(result)
+        if current is not None and k < last[current] and isinstance(instruction, (Wait, Post)):
+            result.insert(start[current], instruction)
+            start[current] += 1
+        else:
+            result.append(instruction)
+    return result

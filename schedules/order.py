@@ -1,0 +1,214 @@
+"""What is known to have happened before what on one rank: the memory that every instruction touches, and a clock per queue.
+
+The compiler asks where an event is missing and adds it; the verifier asks the same of the finished program and reports it.
+
+The tensors of a stage and micro-batch, and who touches them:
+
+    input            written by the receive, or by the stage before if that is on the same rank; read by F, R, I and W
+    saved            what the forward keeps: written by F and R, read by R, I and W
+    output           written by F, read by the send; or it is the next stage's input
+    output gradient  written by the receive, or by the stage after; read by I, and by W (the store may hold it as it is)
+    input gradient   written by I, read by the send; or it is the output gradient of the stage before
+    deferred         weight gradient work: written by I, read by W
+    accumulator      of the stage: W adds to it
+
+Messages live in buffers: slots of an edge, written again and again. Everything else is the stage's own memory, one per micro-batch.
+
+A clock counts, for every queue, the pieces of work that have surely ended. Compute queues run one piece after the other. Transfers
+of one edge start and end in order, but may overlap: that one has started says nothing about the end of the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from pipehc.schedules.actions import Action
+from pipehc.schedules.program import Instruction, Message, Post, Run, Send, Wait
+from pipehc.schedules.schedule import Schedule
+
+Location = tuple
+Clock = list[int]
+COMPUTE, HIGH = 0, 1
+_QUEUES = {"compute": COMPUTE, "high": HIGH}
+
+
+class Piece(NamedTuple):
+    """Work on one queue, with what it reads and writes."""
+
+    queue: int
+    reads: tuple[Location, ...]
+    writes: tuple[Location, ...]
+
+
+class _Use(NamedTuple):
+    instruction: int
+    queue: int
+    number: int  # of the piece on its queue
+
+
+def incoming(schedule: Schedule, action: Action) -> Message | None:
+    """The message that `action` needs from another rank, if any."""
+    placement, (kind, stage, microbatch, lane) = schedule.placement, action
+    if kind == "F" and stage:
+        source, name = placement.rank(lane, stage - 1), "activation"
+    elif kind in "BI" and stage + 1 < placement.stages:
+        source, name = placement.rank(lane, stage + 1), "gradient"
+    else:
+        return None
+    target = placement.rank(lane, stage)
+    return None if source == target else Message(name, lane, stage, microbatch, source, target)  # type: ignore[arg-type]
+
+
+def outgoing(schedule: Schedule, action: Action) -> Message | None:
+    """The message that carries the result of `action` to another rank, if any."""
+    kind, stage, microbatch, lane = action
+    if kind == "F" and stage + 1 < schedule.placement.stages:
+        return incoming(schedule, Action("F", stage + 1, microbatch, lane))
+    if kind in "BI" and stage:
+        return incoming(schedule, Action("I", stage - 1, microbatch, lane))
+    return None
+
+
+class Order:
+    """Walks one rank's row. `visit` takes its instructions in order; `row` says which slots and queues they use."""
+
+    def __init__(self, schedule: Schedule, rank: int, row: Sequence[Instruction]) -> None:
+        self._schedule, self._rank = schedule, rank
+        edges = sorted({(type(i) is Send, i.message.source, i.message.target) for i in row if not isinstance(i, Run)})
+        self._edge_queue = {edge: HIGH + 1 + k for k, edge in enumerate(edges)}
+        size = HIGH + 1 + len(edges)
+        self._slot = {i.message: i.slot for i in row if isinstance(i, (Post, Send))}
+        self._now: list[Clock] = [[0] * size for _ in range(size)]  # what each queue knows when its next piece starts
+        self._ended: list[Clock] = [[0] * size for _ in range(size)]  # of edge queues: what is known when the last piece has ended
+        self._count = [0] * size
+        self._written: dict[Location, _Use] = {}
+        self._read: dict[Location, list[_Use]] = {}
+        self._posted: dict[Message, Clock] = {}
+        self._last: tuple[Instruction | None, list[Piece]] = None, []
+
+    def visit(self, index: int, instruction: Instruction, after: Sequence[Clock] = ()) -> Clock:
+        """Takes in the next instruction, which starts after the given clocks; returns the clock at its end."""
+        if isinstance(instruction, Wait):
+            queue = _QUEUES[instruction.queue]
+            if (arrived := self._posted.get(instruction.message)) is not None:
+                self._now[queue] = _join(self._now[queue], arrived)
+            return self._now[queue]
+        end: Clock | None = None
+        for piece in self.pieces(instruction):
+            queue = piece.queue
+            start = self._now[queue]
+            for clock in after if end is None else (end,):
+                start = _join(start, clock)
+            use = _Use(index, queue, self._count[queue])
+            self._count[queue] += 1
+            end = start.copy()
+            end[queue] = self._count[queue]
+            if queue > HIGH:
+                self._now[queue] = start
+                end = self._ended[queue] = _join(end, self._ended[queue])
+            else:
+                self._now[queue] = end
+            for location in piece.reads:
+                self._read.setdefault(location, []).append(use)
+            for location in piece.writes:
+                self._written[location] = use
+                self._read.pop(location, None)
+        assert end is not None
+        if isinstance(instruction, Post):
+            self._posted[instruction.message] = end
+        return end
+
+    def races(self, instruction: Instruction, after: Sequence[Clock] = ()) -> Iterator[tuple[int, Location]]:
+        """Earlier instructions that touch what `instruction` is about to touch, and may still run; to be asked before `visit`."""
+        if isinstance(instruction, Wait):
+            return
+        known: Clock | None = None
+        for piece in self.pieces(instruction):
+            start = self._now[piece.queue]
+            for clock in after if known is None else (known,):
+                start = _join(start, clock)
+            known = start
+            for location in (*piece.reads, *piece.writes):
+                use = self._written.get(location)
+                if use is not None and start[use.queue] <= use.number:
+                    yield use.instruction, location
+            for location in piece.writes:
+                for use in self._read.get(location, ()):
+                    if start[use.queue] <= use.number:
+                        yield use.instruction, location
+
+    def written(self, location: Location) -> int | None:
+        """The instruction that wrote `location` last."""
+        use = self._written.get(location)
+        return None if use is None else use.instruction
+
+    def pieces(self, instruction: Post | Send | Run) -> list[Piece]:
+        """The work of an instruction, in order; pieces of one action wait for each other."""
+        if self._last[0] is not instruction:
+            self._last = instruction, self._pieces(instruction)
+        return self._last[1]
+
+    def _pieces(self, instruction: Post | Send | Run) -> list[Piece]:
+        if isinstance(instruction, Run):
+            return self._run(instruction)
+        message = instruction.message
+        queue = self._edge_queue[isinstance(instruction, Send), message.source, message.target]
+        buffer = (self.buffer(message),)
+        return [Piece(queue, buffer, ()) if isinstance(instruction, Send) else Piece(queue, (), buffer)]
+
+    def buffer(self, message: Message) -> Location:
+        """Where a message lies on this rank."""
+        side = "receive" if message.target == self._rank else "send"
+        return side, message.source, message.target, self._slot.get(message, -1)
+
+    def _run(self, run: Run) -> list[Piece]:
+        kind, stage, microbatch, lane = run.action
+        x, g = self._input(run.action, "F"), self._input(run.action, "I")
+        saved, deferred = ("saved", lane, stage, microbatch), ("deferred", lane, stage, microbatch)
+        accumulator = ("accumulator", lane, stage)
+        # What the action reads and what it keeps; a first or last piece on another queue is taken to touch all of that too.
+        reads: tuple[Location, ...]
+        keeps: tuple[Location, ...]
+        if kind == "F":
+            reads, keeps = x, (saved,)
+        elif kind == "R":
+            reads, keeps = (*x, saved), (saved,)
+        elif kind == "I":
+            reads, keeps = (*x, *g, saved), (deferred,)
+        elif kind == "B":
+            reads, keeps = (*x, *g, saved), (deferred, accumulator)
+        else:
+            reads, keeps = (*x, *g, saved, deferred), (accumulator,)
+        result = self._result(run.action)
+        if run.entry == run.exit == "compute":
+            return [Piece(COMPUTE, reads, keeps + result)]
+        found = [Piece(COMPUTE, reads, keeps if run.exit != "compute" else keeps + result)]
+        if run.entry != "compute":
+            found.insert(0, Piece(_QUEUES[run.entry], reads, keeps))
+        if run.exit != "compute":
+            found.append(Piece(_QUEUES[run.exit], reads, keeps + result))
+        return found
+
+    def _input(self, action: Action, kind: str) -> tuple[Location, ...]:
+        """The stage's input (F) or output gradient (I): in a buffer, or handed over on this rank; nothing at the lane's ends."""
+        _, stage, microbatch, lane = action
+        if (stage == 0) if kind == "F" else (stage + 1 == self._schedule.placement.stages):
+            return ()
+        message = incoming(self._schedule, Action(kind, stage, microbatch, lane))  # type: ignore[arg-type]
+        return (("local", kind, lane, stage, microbatch) if message is None else self.buffer(message),)
+
+    def _result(self, action: Action) -> tuple[Location, ...]:
+        """Where the output of F, or the input gradient of I, goes; nothing at the lane's ends."""
+        kind, stage, microbatch, lane = action
+        if kind in "RW":
+            return ()
+        kind, step = ("F", 1) if kind == "F" else ("I", -1)
+        if not 0 <= stage + step < self._schedule.placement.stages:
+            return ()
+        message = outgoing(self._schedule, action)
+        return (("local", kind, lane, stage + step, microbatch) if message is None else self.buffer(message),)
+
+
+def _join(a: Clock, b: Clock) -> Clock:
+    return [x if x > y else y for x, y in zip(a, b)]
