@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 from pipehc.config_messages import keys, messages, nearest, sections, show
 from pipehc.config_schema import Config, data_parallel_problems
 from pipehc.config_yaml import ConfigError, dump_yaml, parse_yaml, read_yaml
+from pipehc.once import say_once
 
 __all__ = [
     "Config",
@@ -83,19 +83,18 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def run_with_config(args: argparse.Namespace, body: Callable[[Config], int]) -> int:
     """Loads the configuration that `args` names and runs `body` on it, or prints it with --print-config. Returns the exit code.
 
-    A ConfigError, of loading or of `body`, is one message on standard error and exit code 2. Of several processes (torchrun's
-    RANK) the first one speaks: all read the same files, so all fail alike.
+    A ConfigError, of loading or of `body`, is one message on standard error and exit code 2. Of several processes one speaks: all
+    read the same files, so all fail alike.
     """
-    speaks = os.environ.get("RANK", "0") == "0"
     try:
         config = load_config(args.config, args.overrides)
         if not args.print_config:
             return body(config)
     except ConfigError as error:
-        if speaks:
-            print(f"configuration error: {error}", file=sys.stderr)
+        # Whichever process comes first, not rank 0: torchrun stops the others as soon as one has ended.
+        say_once(f"configuration error: {error}", "end")
         return 2
-    if speaks:
+    if os.environ.get("RANK", "0") == "0":
         print(to_yaml(config), end="")
     return 0
 

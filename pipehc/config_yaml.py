@@ -75,7 +75,7 @@ def parse_yaml(text: str) -> Any:
 
 def dump_yaml(data: Any) -> str:
     """YAML that `parse_yaml` reads back equal."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=130)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=130)
 
 
 def read_yaml(path: str | Path) -> Any:

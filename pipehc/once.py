@@ -14,9 +14,9 @@ def say_once(text: str, topic: str) -> None:
     The first process to create a marker file wins; no process has to be alive or reachable, so this also works while a job falls
     apart. A job is the processes of one torchrun (or this process alone).
     """
-    job = os.environ.get("TORCHELASTIC_RUN_ID") and f"{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
-    if job:
-        marker = Path(tempfile.gettempdir()) / f"pipehc-{topic}-{job}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if run := os.environ.get("TORCHELASTIC_RUN_ID"):
+        job = f"{run}-{os.getppid()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        marker = Path(tempfile.gettempdir()) / f"pipehc-{topic}-{job}"
         try:
             os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
         except FileExistsError:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import logging
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,7 @@ def run(config: Config) -> int:
     """Trains on the processes that torchrun started, or on this one alone. Raises ConfigError for what cannot work here."""
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_data(config)
+    _quiet_libraries()
     progress = Progress()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -76,6 +79,13 @@ def run(config: Config) -> int:
         return 1
     dist.destroy_process_group()
     return 0
+
+
+def _quiet_libraries() -> None:
+    """Keeps a dozen lines a process about what Megatron falls back to without TransformerEngine off the screen; -W shows them."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def train(config: Config, progress: Progress) -> None:

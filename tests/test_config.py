@@ -394,16 +394,21 @@ class TestCommandLine:
         printed = yaml.safe_load(capsys.readouterr().out)
         assert printed["model"]["dense_ffn_size"] == 512 and printed["optimizer"]["decay"] == [[0.8, 0.316], [0.9, 0.1]]
 
-    @pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("3", 0)])
-    def test_first_rank_says_it_once(
-        self, rank: str | None, lines: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.delenv("RANK", raising=False)
-        if rank is not None:
-            monkeypatch.setenv("RANK", rank)
+    def test_one_process_alone_says_it(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
         assert self._run("--config", str(DEMO), "model.heads=0") == 2
         out, err = capsys.readouterr()
-        assert out == "" and len(err.splitlines()) == lines
+        assert out == "" and len(err.splitlines()) == 1
+
+    def test_of_a_job_the_first_process_says_it(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+        for rank, lines in (("3", 1), ("0", 0)):
+            monkeypatch.setenv("RANK", rank)
+            assert self._run("--config", str(DEMO), "model.heads=0") == 2
+            assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 # Table 5 and the recipe of the mHC paper
