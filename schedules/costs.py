@@ -15,6 +15,7 @@ class Costs:
     """Times of 1/P of the model for one micro-batch, in any one unit: a stage that holds half of that costs half.
 
     f: forward. b: input gradient alone (a full backward is b + w). w: weight gradient. r: recompute.
+    high: the part of f, and of b, that runs on the high-priority queue where the program has one.
     pair: an overlapped forward and full backward, together; default f + b + w, that is, no gain.
     link: how long one stage message holds its directed link, whatever the stage's size; latency: added after it.
     weights: factors on equal parts of the model, from its entry to its exit, one tuple for all lanes or one per lane. A stage
@@ -28,6 +29,7 @@ class Costs:
     b: float = 1.0
     w: float = 1.0
     r: float = 0.0
+    high: float = 0.0
     pair: float | None = None
     link: float = 0.0
     latency: float = 0.0
@@ -36,12 +38,14 @@ class Costs:
     activation_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("f", "b", "w", "r", "pair", "link", "latency", "activation_bytes"):
+        for key in ("f", "b", "w", "r", "high", "pair", "link", "latency", "activation_bytes"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"costs.{key} = {value}: must be a number >= 0")
         if self.f + self.b + self.w <= 0:
             raise ValueError(f"costs f = {self.f}, b = {self.b}, w = {self.w}: at least one must be > 0")
+        if self.high > min(self.f, self.b):
+            raise ValueError(f"costs.high = {self.high}: it is a part of f = {self.f} and of b = {self.b}, and cannot be more")
         if self.weights is not None and not (self.weights and all(_positive(row) for row in self._weight_rows)):
             raise ValueError(f"costs.weights = {self.weights}: needs one or more factors > 0, or such a tuple per lane")
         if self.microbatch_weights is not None and not _positive(self.microbatch_weights):
