@@ -6,7 +6,7 @@ placement of DualPipe has two, with a replica of every stage on each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 
@@ -15,7 +15,7 @@ class Placement:
     """`table[lane][stage]` is the rank that holds the stage; every lane holds the whole model, cut into `stages`."""
 
     table: tuple[tuple[int, ...], ...]
-    kind: str = "custom"  # linear | looped | v | bidirectional | custom
+    kind: str = field(default="custom", compare=False)  # linear | looped | v | bidirectional | custom: a name for the table
 
     def __post_init__(self) -> None:
         if not self.table or not self.table[0] or len({len(lane) for lane in self.table}) != 1:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from pipehc.schedules.actions import Cell, flatten, parse
-from pipehc.schedules.placement import Placement, infer
+from pipehc.schedules.actions import Cell, flatten
+from pipehc.schedules.interchange import placement_of, read_rows, write_rows
+from pipehc.schedules.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -38,41 +38,20 @@ class Schedule:
         return "\n".join([head, *(f"{rank}: " + " ".join(map(str, row)) for rank, row in enumerate(self.rows))])
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Writes one line per rank, one cell per action: the format of torch.distributed.pipelining."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([[str(cell) for cell in row] for row in self.rows])
+        """Writes one line per rank, one cell per action; see `interchange`."""
+        write_rows(self.rows, path)
 
     @staticmethod
     def from_csv(path: str | PathLike[str]) -> Schedule:
-        """Reads what `to_csv` or torch wrote (compute actions; empty cells are skipped). The placement follows from the actions.
+        """Reads what `to_csv` or torch wrote; name, placement and number of micro-batches follow from the file.
 
         Raises ValueError, naming file, line and cell, for anything else.
         """
-        rows: list[tuple[Cell, ...]] = []
-        with open(path, newline="", encoding="utf-8") as file:
-            for number, line in enumerate(csv.reader(file), start=1):
-                try:
-                    rows.append(tuple(parse(cell) for cell in line if cell.strip()))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-        where: dict[tuple[int, int], int] = {}
-        microbatches: set[int] = set()
-        kinds: set[str] = set()
-        for rank, row in enumerate(rows):
-            for action in flatten(row):
-                kinds.add(action.kind)
-                microbatches.add(action.microbatch)
-                first = where.setdefault((action.lane, action.stage), rank)
-                if first != rank:
-                    raise ValueError(f"{path}: stage {action.stage} of lane {action.lane} is on ranks {first} and {rank}")
-        if not where:
-            raise ValueError(f"{path}: has no action in it")
-        lanes, stages = (1 + max(key[i] for key in where) for i in (0, 1))
-        missing = [(lane, stage) for lane in range(lanes) for stage in range(stages) if (lane, stage) not in where]
-        if missing:
-            raise ValueError(f"{path}: no action for (lane, stage) {missing[0]} of {lanes} lanes of {stages} stages")
-        table = tuple(tuple(where[lane, stage] for stage in range(stages)) for lane in range(lanes))
-        return Schedule(Path(path).stem, infer(table), 1 + max(microbatches), tuple(rows), forward_only=kinds == {"F"})
+        rows = read_rows(path)
+        placement = placement_of(rows, path)
+        actions = [action for row in rows for action in flatten(row)]
+        microbatches = 1 + max(action.microbatch for action in actions)
+        return Schedule(Path(path).stem, placement, microbatches, rows, forward_only=all(a.kind == "F" for a in actions))
 
 
 def lane_microbatches(microbatches: int, lanes: int, lane: int) -> range:
