@@ -1,0 +1,103 @@
+"""Command line: python -m pipehc.schedules show dualpipe --ranks 8 --microbatches 20 [--html FILE ...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipehc.schedules.check import ScheduleError
+from pipehc.schedules.compile import compile
+from pipehc.schedules.costs import Costs
+from pipehc.schedules.draw import Timeline, chrome_trace, page, png, simulated, svg
+from pipehc.schedules.families import FAMILIES, build
+from pipehc.schedules.schedule import Schedule
+
+_TIMES = {
+    "f": ("forward", 1.0),
+    "b": ("input gradient (a full backward is b + w)", 1.0),
+    "w": ("weight gradient", 1.0),
+    "r": ("recompute; if it is not 0, every backward has one", 0.0),
+    "pair": ("an overlapped forward and full backward, together (default f + b + w)", None),
+    "link": ("time a message holds its directed link", 0.0),
+    "latency": ("added after it", 0.0),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns 0, or 2 after an error that the user can mend, told in a sentence on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        _show(options)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        head = "error: cannot run this schedule: " if isinstance(error, ScheduleError) else "error: "
+        print(f"{head}{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipehc.schedules", description="Generates, simulates and draws schedules.")
+    show = parser.add_subparsers(required=True, metavar="show").add_parser(
+        "show", help="draw a schedule in the terminal, or to files"
+    )
+    show.add_argument("name", metavar="NAME", help=f"{', '.join(FAMILIES)}, or a CSV file (ours or torch's)")
+    show.add_argument("--ranks", type=int, metavar="P", help="pipeline ranks (not for a CSV file)")
+    show.add_argument("--microbatches", type=int, metavar="M", help="micro-batches of one step, both directions together")
+    show.add_argument("--chunks", type=int, metavar="V", help="stages per rank, for interleaved")
+    show.add_argument("--forward", action="store_true", help="forwards only (evaluation)")
+    show.add_argument("--compare", metavar="NAME2", help="a second schedule below the first, on the same time scale")
+    times = show.add_argument_group("costs", "times of 1/P of the model for one micro-batch, in any unit")
+    for name, (text, default) in _TIMES.items():
+        times.add_argument(f"--{name}", type=float, default=default, help=text)
+    files = show.add_argument_group("files", "written instead of the grid in the terminal; several may be given")
+    for name in ("csv", "svg", "png", "html"):
+        files.add_argument(f"--{name}", metavar="FILE")
+    files.add_argument("--trace", metavar="FILE", help="Chrome trace JSON, for ui.perfetto.dev")
+    return parser
+
+
+def _show(options: argparse.Namespace) -> None:
+    costs = Costs(**{name: getattr(options, name) for name in _TIMES})
+    names = [options.name] + ([options.compare] if options.compare else [])
+    schedules = [_schedule(name, options) for name in names]
+    if options.csv:
+        if len(schedules) > 1:
+            raise ValueError("--csv holds one schedule: leave out --compare")
+        schedules[0].to_csv(options.csv)
+    if options.csv and not (options.svg or options.png or options.html or options.trace):
+        return
+    timelines = [simulated(compile(schedule, recompute=costs.r > 0), costs) for schedule in schedules]
+    if not _write(timelines, options):
+        from rich.console import Console
+
+        from pipehc.schedules.draw.terminal import show
+
+        # A pipe or a file has no width of its own: rich would take 80 columns.
+        show(timelines, Console() if sys.stdout.isatty() else Console(width=160))
+
+
+def _schedule(name: str, options: argparse.Namespace) -> Schedule:
+    if name.endswith(".csv"):
+        return Schedule.from_csv(name)
+    missing = [f"--{key}" for key in ("ranks", "microbatches") if getattr(options, key) is None]
+    if missing and name in FAMILIES:
+        raise ValueError(f"{name}: needs {' and '.join(missing)}")
+    # In a comparison, chunks are meant for the one schedule that takes them.
+    chunks = None if options.compare and name in FAMILIES and FAMILIES[name].chunks is None else options.chunks
+    return build(name, options.ranks or 1, options.microbatches or 1, chunks=chunks, forward=options.forward)
+
+
+def _write(timelines: list[Timeline], options: argparse.Namespace) -> bool:
+    """Writes the files asked for. Returns whether there was one."""
+    for path, make in ((options.svg, svg), (options.html, page), (options.trace, chrome_trace)):
+        if path:
+            Path(path).write_text(make(timelines), encoding="utf-8")
+    if options.png:
+        png(timelines, options.png)
+    return any((options.svg, options.html, options.trace, options.png))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""What every drawing is made of: the spans of one step, simulated or recorded, in rows, with a summary per rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from pipehc.schedules.costs import Costs
+from pipehc.schedules.program import Program
+from pipehc.schedules.schedule import Schedule
+from pipehc.schedules.simulate import simulate
+from pipehc.schedules.spans import Span
+
+
+class Summary(NamedTuple):
+    """Times of one rank: at work, stalled for messages that were already computed, idle otherwise, recompute that cost nothing."""
+
+    busy: float
+    exposed: float
+    idle: float
+    hidden: float
+    peak_live: float | None = None  # activations, in units of 1/P of the model
+
+
+class Row(NamedTuple):
+    """Spans of one rank that share a line: `name` is compute, high or comm; messages that overlap are on several tracks."""
+
+    rank: int
+    name: str
+    tracks: tuple[tuple[Span, ...], ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Spans and summaries of one step. `unit` names the unit of time, if it has one (ms for recorded steps)."""
+
+    title: str
+    spans: tuple[Span, ...]
+    summaries: tuple[Summary, ...]
+    unit: str = ""
+
+    @property
+    def ranks(self) -> int:
+        return len(self.summaries)
+
+    @cached_property
+    def end(self) -> float:
+        return max((span.end for span in self.spans), default=0.0)
+
+    @cached_property
+    def chunks(self) -> dict[int, dict[tuple[int, int], int]]:
+        """By rank: (lane, stage) -> its position among the rank's stages. Tints follow it."""
+        held: dict[int, set[tuple[int, int]]] = {rank: set() for rank in range(self.ranks)}
+        for span in self.spans:
+            if span.queue in ("compute", "high") and span.stage >= 0:
+                held[span.rank].add((span.lane, span.stage))
+        return {rank: {key: i for i, key in enumerate(sorted(keys))} for rank, keys in held.items()}
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """By rank: compute with its waits, high if anything ran there, comm if a message took time."""
+        by_rank: dict[int, dict[str, list[Span]]] = {rank: {"compute": [], "high": [], "comm": []} for rank in range(self.ranks)}
+        names = {"compute": "compute", "wait": "compute", "high": "high", "send": "comm", "recv": "comm"}
+        for span in self.spans:
+            if span.end > span.start:
+                by_rank[span.rank][names[span.queue]].append(span)
+        return tuple(
+            Row(rank, name, _tracks(spans))
+            for rank, groups in by_rank.items()
+            for name, spans in groups.items()
+            if spans or name == "compute"
+        )
+
+    def chunk(self, span: Span) -> tuple[int, int]:
+        """Position of the span's stage on its rank, and how many stages the rank has. Messages have no tint."""
+        own = self.chunks[span.rank]
+        return own.get((span.lane, span.stage), 0), len(own)
+
+
+def simulated(what: Program | Schedule, costs: Costs, title: str | None = None) -> Timeline:
+    """The timeline of a simulation. Raises what `simulate` raises."""
+    result = simulate(what, costs)
+    schedule = what.schedule if isinstance(what, Program) else what
+    summaries = tuple(
+        Summary(busy, exposed, result.makespan - busy - exposed, hidden, live)
+        for busy, exposed, hidden, live in zip(result.busy, result.exposed_comm, result.hidden_recompute, result.peak_live)
+    )
+    if title is None:
+        head = f"{schedule.name}: {schedule.ranks} ranks, {schedule.microbatches} micro-batches"
+        title = f"{head}, step {result.makespan:g}, bubble {result.bubble:g} ({100 * result.bubble / result.makespan:.1f} %)"
+    return Timeline(title, result.spans, summaries)
+
+
+def recorded(spans: Iterable[Span], title: str, unit: str = "ms") -> Timeline:
+    """The timeline of a recorded step. Exposed is the part of each wait in which its message was on the link.
+
+    Raises ValueError if there is no span.
+    """
+    spans = tuple(spans)
+    if not spans:
+        raise ValueError(f"{title}: no spans recorded")
+    end = max(span.end for span in spans)
+    ranks = 1 + max(span.rank for span in spans)
+    arrivals = {(s.rank, *_message(s)): s for s in spans if s.queue == "recv"}
+    busy, exposed, hidden = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
+    for span in spans:
+        if span.queue == "compute":
+            busy[span.rank] += span.end - span.start
+        elif span.queue == "wait" and (transfer := arrivals.get((span.rank, *_message(span)))):
+            exposed[span.rank] += max(0.0, min(span.end, transfer.end) - max(span.start, transfer.start))
+        if span.kind == "R" and (transfer := arrivals.get((span.rank, "gradient", *span[6:9]))):
+            hidden[span.rank] += max(0.0, min(span.end, transfer.end) - span.start)
+    summaries = tuple(Summary(b, e, end - b - e, h) for b, e, h in zip(busy, exposed, hidden))
+    return Timeline(title, spans, summaries, unit)
+
+
+def _message(span: Span) -> tuple[str, int, int, int]:
+    return span.kind, span.lane, span.stage, span.microbatch
+
+
+def _tracks(spans: list[Span]) -> tuple[tuple[Span, ...], ...]:
+    """Spans that overlap go to different tracks, sends before receives; as few tracks as that takes."""
+    tracks: list[list[Span]] = []
+    for queue in ("send", "recv", None):
+        own: list[list[Span]] = []
+        for span in sorted(
+            (s for s in spans if (s.queue == queue if queue else s.queue not in ("send", "recv"))), key=lambda s: s.start
+        ):
+            free = next((track for track in own if track[-1].end <= span.start + 1e-9), None)
+            if free is None:
+                own.append([span])
+            else:
+                free.append(span)
+        tracks += own
+    return tuple(map(tuple, tracks))
