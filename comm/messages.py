@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,17 @@ from pipehc.comm.groups import Edge
 
 class PeerError(RuntimeError):
     """A message did not come or could not be sent: the peer is gone, or slower than the time limit."""
+
+
+class Waiting(NamedTuple):
+    """What this process waits for, and since when (time.monotonic)."""
+
+    what: str
+    since: float
+
+
+# Takes the place of the handle of a send or receive that has just been started: a recorder of transfer times does.
+Tracker = Callable[[tuple, Literal["send", "recv"], dist.Work], dist.Work]
 
 
 class _Pending(NamedTuple):
@@ -26,7 +38,7 @@ class Mailbox:
     """The messages of one rank for one step. Every message is one tensor of `shape` and `dtype`.
 
     groups: a process group per directed edge (see `edge_groups`). shape, dtype, device: of every message. timeout_s: how long a
-    wait may take before PeerError.
+    wait may take before PeerError. `waiting` may be read by other threads; `tracker` may be set between two steps.
     """
 
     def __init__(
@@ -41,6 +53,8 @@ class Mailbox:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._received: dict[tuple, _Pending] = {}
         self._sent: list[tuple[tuple, _Pending]] = []
+        self.waiting: Waiting | None = None
+        self.tracker: Tracker | None = None
 
     def post(self, message: tuple, edge: Edge) -> None:
         """Posts the receive of `message` on `edge`. Posts of an edge must have the order of the peer's sends."""
@@ -49,8 +63,7 @@ class Mailbox:
             work = dist.irecv(tensor, group=self._groups[edge], group_src=_position(edge, edge[0]))
         except RuntimeError as error:
             raise PeerError(f"cannot receive the {message}: {_first_line(error)}") from error
-        assert work is not None
-        self._received[message] = _Pending(work, tensor, time.monotonic())
+        self._received[message] = self._pending(message, "recv", work, tensor)
 
     def wait(self, message: tuple) -> torch.Tensor:
         """The tensor of a posted message, once it has arrived; on CUDA the current stream waits, the host does not."""
@@ -70,8 +83,7 @@ class Mailbox:
             work = dist.isend(tensor, group=self._groups[edge], group_dst=_position(edge, edge[1]))
         except RuntimeError as error:
             raise PeerError(f"cannot send the {message}: {_first_line(error)}") from error
-        assert work is not None
-        self._sent.append((message, _Pending(work, tensor, time.monotonic())))
+        self._sent.append((message, self._pending(message, "send", work, tensor)))
 
     def drain(self) -> None:
         """Waits until every send is done. At the end of a step, when every peer has posted all it will."""
@@ -80,7 +92,12 @@ class Mailbox:
         self._sent.clear()
         assert not self._received, f"posted but never used: {list(self._received)}"
 
+    def _pending(self, message: tuple, kind: Literal["send", "recv"], work: dist.Work | None, tensor: torch.Tensor) -> _Pending:
+        assert work is not None
+        return _Pending(work if self.tracker is None else self.tracker(message, kind, work), tensor, time.monotonic())
+
     def _finish(self, pending: _Pending, doing: str) -> None:
+        self.waiting = Waiting(f"{doing}, {_bytes(pending.tensor)}", time.monotonic())
         try:
             # CUDA: wait() with a limit would block the host; there the limit is the process group's own.
             done = pending.work.wait() if pending.tensor.is_cuda else pending.work.wait(self._timeout)
@@ -89,6 +106,7 @@ class Mailbox:
             raise PeerError(f"{doing} failed after {waited:.1f} s, {_bytes(pending.tensor)}: {_first_line(error)}") from error
         if done is False:
             raise PeerError(f"{doing} took longer than {self._timeout.total_seconds():.0f} s, {_bytes(pending.tensor)}")
+        self.waiting = None
 
 
 def _position(edge: Edge, rank: int) -> int:

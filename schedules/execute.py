@@ -31,18 +31,35 @@ class Stage(Protocol):
         """R: rebuilds what the forward dropped."""
 
 
+class Observer(Protocol):
+    """Told about every instruction on the thread that executes it: recorders, watchdogs, markers for profilers."""
+
+    def begin(self, instruction: Instruction) -> None:
+        """The instruction is next."""
+
+    def end(self, instruction: Instruction) -> None:
+        """It is done; not called if it raised."""
+
+
 def execute(
-    instructions: Sequence[Instruction], placement: Placement, stages: Mapping[tuple[int, int], Stage], mailbox: Mailbox
+    instructions: Sequence[Instruction],
+    placement: Placement,
+    stages: Mapping[tuple[int, int], Stage],
+    mailbox: Mailbox,
+    observers: Sequence[Observer] = (),
 ) -> None:
     """Runs one step of one rank.
 
-    stages: by (lane, stage), all that the placement puts on this rank. Returns when every message it sent has been received.
-    A full backward B is I, then W at once. Raises what a stage raises, and comm.PeerError when a peer is gone or too slow.
+    stages: by (lane, stage), all that the placement puts on this rank. observers: see `Observer`. Returns when every message it
+    sent has been received. A full backward B is I, then W at once. Raises what a stage raises, and comm.PeerError when a peer is
+    gone or too slow.
     """
     values: dict[Key, torch.Tensor | None] = {}  # inputs and output gradients that are here
     results: dict[Key, torch.Tensor | None] = {}  # computed, about to be sent
 
     for instruction in instructions:
+        for observer in observers:
+            observer.begin(instruction)
         match instruction:
             case Post(message):
                 mailbox.post(message, (message.source, message.target))
@@ -59,6 +76,8 @@ def execute(
                     key, tensor = result
                     local = placement.rank(key[1], key[2]) == placement.rank(action.lane, action.stage)
                     (values if local else results)[key] = tensor
+        for observer in observers:
+            observer.end(instruction)
     assert not results, f"computed but never sent: {list(results)}"
     mailbox.drain()
 
