@@ -69,10 +69,18 @@ class ModelConfig(Section):
 
 
 class ResidualConfig(Section):
-    kind: Literal["none", "mhc"]
+    """The residual connection: one stream, or a member of the hyper-connection family over `streams` of them."""
+
+    kind: Literal["none", "hc", "mhc", "isohc", "hybrid", "harmonized"]
     streams: Annotated[int, Field(ge=1, le=8)] = 4
     alpha: float = 0.01
     sinkhorn_iterations: Size = 20
+    condition: Annotated[float, Field(ge=1)] = 1.0e4
+    static: bool = False
+    fixed: Annotated[tuple[Literal["pre", "post", "res"], ...], AsTuple] = ()
+    target_gain: Annotated[float, Field(ge=1)] = 5.0
+    gain_power: Positive = 1.0
+    smallest_s: Annotated[float, Field(gt=0, le=1)] = 0.05
     exit: Literal["mean", "sum"] = "mean"
 
     @property
@@ -197,6 +205,8 @@ class Config(Section):
 
 def _model_problems(config: Config) -> Iterator[str]:
     model, parallel = config.model, config.parallel
+    if config.residual.static and config.residual.kind != "harmonized":
+        yield f"residual.static: true: only harmonized has a static form, but residual.kind is {config.residual.kind}"
     if model.rope_dim % 2:
         yield f"model.rope_dim: {model.rope_dim}: must be even, RoPE rotates pairs"
     if model.dense_blocks > model.blocks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from pipehc.config_schema import Config, ModelConfig
 from pipehc.stages import PLACEMENTS
@@ -43,12 +42,18 @@ def swiglu(hidden_size: int, ffn_size: int) -> int:
 
 
 def hyper_connection(config: Config) -> int:
-    """The mappings of one sub-layer: phi [nC, n^2 + 2n] with the RMSNorm weight absorbed, b, three alpha. Plain residual: 0."""
-    if config.residual.kind == "none":
+    """The mappings of one sub-layer: phi [nC, n^2 + 2n] with the RMSNorm weight absorbed, b, three alpha. Plain residual: 0.
+
+    HC and Harmonized HC project each stream alone: phi [C, n + 2]; the static form has b only; hybrid learns its lambda too.
+    """
+    kind, n, hidden = config.residual.kind, config.residual.streams, config.model.hidden_size
+    if kind == "none":
         return 0
-    n = config.residual.streams
     mappings = n * n + 2 * n
-    return prod((n, config.model.hidden_size, mappings)) + mappings + 3
+    if config.residual.static:
+        return mappings
+    phi = hidden * (n + 2) if kind in ("hc", "harmonized") else n * hidden * mappings
+    return phi + mappings + 3 + (kind == "hybrid")
 
 
 def block(config: Config, index: int) -> Parameters:

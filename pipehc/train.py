@@ -120,12 +120,15 @@ def train(config: Config, progress: Progress) -> None:
             result = trainer.step(step, splits.train, sampler)
             tokens_per_s = train.global_batch * train.sequence_length / (time.perf_counter() - began)
             if step % config.run.log_interval == 0 or step == train.steps:
-                reporter.step(step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr, tokens_per_s=tokens_per_s)
+                gain = {} if result.gain is None else {"gain": result.gain}
+                reporter.step(
+                    step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr, tokens_per_s=tokens_per_s, **gain
+                )
             if _is_due(step, config.evaluation.interval, train.steps):
                 evaluate(step)
             if _is_due(step, config.checkpoint.interval, train.steps):
                 progress.doing = f"while saving the checkpoint of step {step}"
-                extra = {"data": splits.info.fingerprint, "config": to_yaml(config)}
+                extra = {"data": splits.info.fingerprint, "config": to_yaml(config), "feedback": trainer.feedback.state()}
                 checkpoints.save(step, trainer.state(), extra, {"rng": torch.get_rng_state()})
         reporter.finish()
 
@@ -200,6 +203,8 @@ def _resume(config: Config, trainer: Trainer, checkpoints: Checkpoints, splits: 
     if restored.rank_state is not None:
         torch.set_rng_state(restored.rank_state["rng"])
     trainer.after_load()
+    trainer.feedback.load(restored.extra["feedback"])
+    trainer.apply_feedback()
     return restored.step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipehc.comm.groups import edge_groups
 from pipehc.comm.messages import Mailbox
 from pipehc.config import Config
 from pipehc.data import Sampler, Split, batch
+from pipehc.gain import CompositeGain, GainFeedback
 from pipehc.learning_rate import learning_rate
 from pipehc.megatron.groups import build_groups
 from pipehc.megatron.model import DTYPES, build_stage, initialise, parameter_names
@@ -30,6 +32,7 @@ class StepResult:
     loss: float  # mean over the tokens of the global batch, in nats
     grad_norm: float  # before clipping
     lr: float
+    gain: float | None  # of the composite of all maps H_res; None for the plain residual
 
 
 class Trainer:
@@ -62,6 +65,12 @@ class Trainer:
         replicas = dp * parallel.tp
         pipelines = [[position * replicas + i for position in range(parallel.pp)] for i in range(replicas)]
         shape = (train.sequence_length, train.micro_batch, config.residual.width * config.model.hidden_size)
+        residual = config.residual
+        self._gain: CompositeGain | None = None
+        if residual.kind != "none":
+            connections = {i: connection for model in by_stage for i, connection in model.connections().items()}
+            self._gain = CompositeGain(connections, 2 * config.model.blocks, residual.streams)
+        self.feedback = GainFeedback(residual.target_gain, residual.gain_power, residual.smallest_s)
         messages = edge_groups(pipelines, self.train_program.edges())
         self._mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, config.runtime.timeout_s)
 
@@ -69,7 +78,10 @@ class Trainer:
         """Trains on the samples of step `step` (from 1). Raises TrainingError, on every rank and before any weight changes, if
         the loss of a micro-batch or the gradient norm is not finite."""
         self.optimizer.zero_grad()
-        loss = self._run(self.train_program, split, sampler, first=(step - 1) * self.config.train.global_batch, step=step)
+        with self._gain.tracking() if self._gain else nullcontext():
+            loss = self._run(self.train_program, split, sampler, first=(step - 1) * self.config.train.global_batch, step=step)
+        if self._gain:
+            self._gain.start(self.device)
         self.optimizer.reduce_gradients()
         lr = learning_rate(step - 1, self.config)
         try:
@@ -77,7 +89,11 @@ class Trainer:
         except FloatingPointError as error:
             raise TrainingError(f"step {step}: {error}, on all ranks; no weight was changed") from error
         self.optimizer.update_expert_bias()
-        return StepResult(loss, grad_norm, lr)
+        gain = self._gain.finish() if self._gain else None
+        if gain is not None and self.config.residual.kind == "harmonized":
+            self.feedback.update(gain)
+            self.apply_feedback()
+        return StepResult(loss, grad_norm, lr, gain)
 
     @torch.no_grad()
     def evaluate(self, split: Split, step: int) -> float:
@@ -106,6 +122,13 @@ class Trainer:
     def after_load(self) -> None:
         """Makes the model's weights follow the optimizer state that was just loaded in place. Collective."""
         self.optimizer.after_load()
+
+    def apply_feedback(self) -> None:
+        """Gives every map of Harmonized HC the present s: after a step, and after loading `feedback` from a checkpoint."""
+        for model in self.models.values():
+            for connection in model.connections().values():
+                if connection.kind == "harmonized":
+                    connection.get_buffer("s").fill_(self.feedback.s)
 
     def _run(self, program: Program, split: Split, sampler: Any, first: int, step: int) -> float:
         """Executes a program over the samples from `first` on; returns the mean loss per token over the whole world."""

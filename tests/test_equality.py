@@ -46,7 +46,7 @@ def one_step(rank, path, overrides):
     result = trainer.step(1, split, Sampler(len(split), seed=3))
     trainer.check_replicas()
     biases = {name: b.clone() for m in trainer.models.values() for name, b in m.named_buffers() if "expert_bias" in name}
-    return before, result.loss, result.grad_norm, trainer.evaluate(split, 1), gradients, biases
+    return before, result.loss, result.grad_norm, trainer.evaluate(split, 1), gradients, biases, result.gain, trainer.feedback.s
 
 
 def watch_gradients(optimizer):
@@ -62,13 +62,15 @@ def watch_gradients(optimizer):
 
 
 def compare(rank_results, reference, label):
-    before, loss, norm, after, gradients, biases = reference
+    before, loss, norm, after, gradients, biases, gain, s = reference
     seen, seen_biases = {}, {}
     for found in rank_results:
         assert found[0] == pytest.approx(before, rel=1e-5), label
         assert found[1] == pytest.approx(loss, rel=1e-5), label
         assert found[2] == pytest.approx(norm, rel=1e-5), label
         assert found[3] == pytest.approx(after, rel=1e-4), label
+        assert found[6] == (gain and pytest.approx(gain, rel=1e-5)), label
+        assert found[7] == pytest.approx(s, rel=1e-5) and found[7] == rank_results[0][7], label
         for name, gradient in found[4].items():
             seen.setdefault(name, []).append(gradient)
         for name, bias in found[5].items():
@@ -92,11 +94,25 @@ def reference(tiny):
 
     def of(kind, batch=16):
         if (kind, batch) not in found:
-            overrides = [f"residual.kind={kind}", f"train.global_batch={batch}"]
+            overrides = [*settings(kind), f"train.global_batch={batch}"]
             found[kind, batch] = run_ranks(one_step, 1, tiny, overrides, timeout=240)[0]
         return found[kind, batch]
 
     return of
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
+@pytest.mark.parametrize("kind", ["hc", "isohc", "hybrid", "harmonized", "harmonized residual.static=true"])
+def test_the_whole_family_equals_one_process(tiny, reference, kind, name):
+    """Harmonized aims at a gain of 1, so that the evaluation after the step shows an s that the feedback has moved."""
+    expected = reference(kind)
+    check_layout(tiny, expected, 4, f"schedule.name={name}", "parallel.pp=4", *settings(kind))
+    gain, s = expected[6:]
+    assert gain > 1 - 1e-6 and (s < 1) == ("harmonized" in kind and gain > 1)
+
+
+def settings(kind):
+    return [*f"residual.kind={kind}".split(), "residual.target_gain=1"]
 
 
 def check_layout(tiny, expected, processes, *overrides):

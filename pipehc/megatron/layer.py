@@ -42,7 +42,14 @@ def build_connection(hidden_size: int, residual: Any) -> Connection:
     if residual.kind == "none":
         return PlainConnection()
     return HyperConnection(
-        hidden_size, residual.streams, residual.kind, alpha=residual.alpha, iterations=residual.sinkhorn_iterations
+        hidden_size,
+        residual.streams,
+        residual.kind,
+        alpha=residual.alpha,
+        iterations=residual.sinkhorn_iterations,
+        condition=residual.condition,
+        static=residual.static,
+        fixed=residual.fixed,
     )
 
 
