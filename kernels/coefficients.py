@@ -7,11 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from pipehc.kernels.backend import backend_of
 from pipehc.kernels.manifolds.base import Manifold
-from pipehc.kernels.shapes import check_shape, check_streams, coefficient_dtype
-
-NORM_EPS = 1e-20
-"""Added to the mean square of x: a row of zeros gives finite coefficients and gradients."""
+from pipehc.kernels.mapping import Mapping
+from pipehc.kernels.shapes import NORM_EPS, check_shape, check_streams, coefficient_dtype
 
 MAPS = ("pre", "post", "res")
 
@@ -26,7 +25,10 @@ def coefficients(
     in fp64 they are fp64. Maps named in `fixed` are switched off: H_pre = 1/n, H_post = 1, H_res = I (paper, table 1).
     """
     check_coefficients(x, phi, alpha, bias, manifold, fixed)
-    return coefficients_reference(x, phi, alpha, bias, manifold, fixed)
+    if manifold.static or backend_of(x, x.shape[1]) == "reference":
+        return coefficients_reference(x, phi, alpha, bias, manifold, fixed)
+    _, _, h_pre, h_post, h_res = Mapping.run(x, None, (phi, alpha, bias), manifold, fixed, with_y=False)
+    return h_pre, h_post, h_res
 
 
 def check_coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manifold, fixed: Collection[str]) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Collection
 
 from torch import Tensor
 
+from pipehc.kernels.backend import backend_of
 from pipehc.kernels.coefficients import check_coefficients, coefficients_reference
 from pipehc.kernels.manifolds.base import Manifold
-from pipehc.kernels.pre import pre_reference
+from pipehc.kernels.mapping import Mapping
+from pipehc.kernels.pre import pre, pre_reference
 
 
 def coefficients_pre(
@@ -16,7 +18,13 @@ def coefficients_pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, C] = H_pre x, H_post [T, n] and H_res [T, n, n] of streams x [T, n, C]. Arguments as for `coefficients`."""
     check_coefficients(x, phi, alpha, bias, manifold, fixed)
-    return coefficients_pre_reference(x, phi, alpha, bias, manifold, fixed)
+    if backend_of(x, x.shape[1]) == "reference":
+        return coefficients_pre_reference(x, phi, alpha, bias, manifold, fixed)
+    if manifold.static:
+        h_pre, h_post, h_res = coefficients_reference(x, phi, alpha, bias, manifold, fixed)
+        return pre(x, h_pre), h_post, h_res
+    _, y, _, h_post, h_res = Mapping.run(x, None, (phi, alpha, bias), manifold, fixed, with_y=True)
+    return y, h_post, h_res
 
 
 def coefficients_pre_reference(

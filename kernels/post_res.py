@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from pipehc.kernels.backend import backend_of
+from pipehc.kernels.language import check_launchable, tl, triton
+from pipehc.kernels.link import Link, claim
 from pipehc.kernels.shapes import check_shape, check_streams, coefficient_dtype
+from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
 
 
 def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """x' [T, n, C] in the dtype of x, from streams x [T, n, C], the sub-layer's output f [T, C], h_post [T, n] and h_res [T, n, n].
 
-    Stream i of the result is the sum over j of h_res[i, j] x[j], plus h_post[i] f, summed in fp32.
+    Stream i of the result is the sum over j of h_res[i, j] x[j], plus h_post[i] f, summed in fp32. In Triton, with H_post and H_res
+    straight from `coefficients_pre` or `post_res_pre` of the same x, most of the backward is left to that operation (link.py).
     """
     check_post_res(x, f, h_post, h_res)
-    return post_res_reference(x, f, h_post, h_res)
+    if backend_of(x, x.shape[1]) == "reference":
+        return post_res_reference(x, f, h_post, h_res)
+    link = claim(x, h_post, h_res) if torch.is_grad_enabled() else None
+    x_next: Tensor = _PostRes.apply(x, f, h_post, h_res, link)
+    return x_next
 
 
 def check_post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> None:
@@ -30,3 +42,122 @@ def post_res_reference(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> T
     dtype = coefficient_dtype(x, f, h_post, h_res)
     mixed = torch.bmm(h_res.to(dtype), x.to(dtype))
     return torch.addcmul(mixed, h_post.to(dtype).unsqueeze(-1), f.to(dtype).unsqueeze(1)).to(x.dtype)
+
+
+@triton.jit
+def post_res_kernel(x, f, h_post, h_res, x_next, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    tokens = t < T
+    inside = tokens & (c < C)
+    post = load_columns(h_post, t, tokens, n)
+    res = load_columns(h_res, t, tokens, n * n)
+    streams = load_tiles(x, t, c, C, inside, n)
+    branch = tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(n):
+        out = post[i] * branch
+        for j in tl.static_range(n):
+            out += res[i * n + j] * streams[j]
+        tl.store(x_next + t * (n * C) + i * C + c, out.to(x_next.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def post_res_backward_kernel(
+    x, f, h_post, h_res, d_x_next, d_x, d_f, d_post, d_res, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
+    tokens = t < T
+    post = load_columns(h_post, t, tokens, n)
+    res = load_columns(h_res, t, tokens, n * n)
+    post_sums = zeros(n, BT, BC // 8)
+    res_sums = zeros(n * n, BT, BC // 8)
+    for first in range(0, C, BC):
+        c = first + tl.arange(0, BC)[None, :]
+        inside = tokens & (c < C)
+        grads = load_tiles(d_x_next, t, c, C, inside, n)
+        branch = tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
+        grad_f = post[0] * grads[0]
+        new_post = (post_sums[0] + fold(grads[0] * branch),)
+        for i in tl.static_range(1, n):
+            grad_f += post[i] * grads[i]
+            new_post += (post_sums[i] + fold(grads[i] * branch),)
+        store_rounded(d_f + t * C + c, grad_f, inside)
+        post_sums = new_post
+        transposed = ()
+        for j in tl.static_range(n):
+            stream = tl.load(x + t * (n * C) + j * C + c, mask=inside, other=0.0).to(tl.float32)
+            out = res[j] * grads[0]
+            for i in tl.static_range(1, n):
+                out += res[i * n + j] * grads[i]
+            store_rounded(d_x + t * (n * C) + j * C + c, out, inside)
+            for i in tl.static_range(n):
+                transposed += (res_sums[j * n + i] + fold(grads[i] * stream),)
+        res_sums = transposed
+    for i in tl.static_range(n):
+        tl.store(d_post + t * n + i, tl.sum(post_sums[i], 1, keep_dims=True), mask=tokens)
+        for j in tl.static_range(n):
+            tl.store(d_res + t * (n * n) + i * n + j, tl.sum(res_sums[j * n + i], 1, keep_dims=True), mask=tokens)
+
+
+@triton.jit
+def branch_backward_kernel(h_post, d_x_next, d_f, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """The gradient of f alone: what a linked post_res owes at once."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    tokens = t < T
+    inside = tokens & (c < C)
+    post = load_columns(h_post, t, tokens, n)
+    grads = load_tiles(d_x_next, t, c, C, inside, n)
+    out = post[0] * grads[0]
+    for i in tl.static_range(1, n):
+        out += post[i] * grads[i]
+    store_rounded(d_f + t * C + c, out, inside)
+
+
+def launch_post_res_backward(
+    d_x_next: Tensor, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, f, H_post and H_res in one launch; all contiguous, coefficients in fp32."""
+    tokens, n, channels = x.shape
+    d_x, d_f, d_post, d_res = (torch.empty_like(v) for v in (x, f, h_post, h_res))
+    if tokens:
+        post_res_backward_kernel[(triton.cdiv(tokens, 16),)](
+            x, f, h_post, h_res, d_x_next, d_x, d_f, d_post, d_res, tokens, channels, n=n, BT=16, BC=block_channels(n), num_warps=4
+        )
+    return d_x, d_f, d_post, d_res
+
+
+class _PostRes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, link: Link | None) -> Tensor:
+        check_launchable(x.device)
+        ctx.dtypes, ctx.link = (f.dtype, h_post.dtype, h_res.dtype), link
+        x, f, h_post, h_res = x.contiguous(), f.to(x.dtype).contiguous(), h_post.float().contiguous(), h_res.float().contiguous()
+        tokens, n, channels = x.shape
+        x_next = torch.empty_like(x)
+        if tokens:
+            block = block_channels(n)
+            grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
+            post_res_kernel[grid](x, f, h_post, h_res, x_next, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
+        # A link leaves x and H_res to the operation it is linked to.
+        ctx.save_for_backward(*((f, h_post) if link is not None else (f, h_post, x, h_res)))
+        return x_next
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_x_next: Tensor) -> tuple[Tensor | None, ...]:
+        d_x_next = d_x_next.contiguous()
+        f, h_post, *rest = ctx.saved_tensors
+        dtype_f, dtype_post, dtype_res = ctx.dtypes
+        if ctx.link is None:
+            x, h_res = rest
+            d_x, d_f, d_post, d_res = launch_post_res_backward(d_x_next, x, f, h_post, h_res)
+            return d_x, d_f.to(dtype_f), d_post.to(dtype_post), d_res.to(dtype_res), None
+        tokens, n, channels = d_x_next.shape
+        d_f = torch.empty_like(f)
+        if tokens:
+            block = block_channels(n)
+            grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
+            branch_backward_kernel[grid](h_post, d_x_next, d_f, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
+        ctx.link.deliver(d_x_next, f)
+        return None, d_f.to(dtype_f), None, None, None

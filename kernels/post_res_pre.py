@@ -6,10 +6,12 @@ from collections.abc import Collection
 
 from torch import Tensor
 
+from pipehc.kernels.backend import backend_of
 from pipehc.kernels.coefficients import check_coefficients
-from pipehc.kernels.coefficients_pre import coefficients_pre_reference
+from pipehc.kernels.coefficients_pre import coefficients_pre, coefficients_pre_reference
 from pipehc.kernels.manifolds.base import Manifold
-from pipehc.kernels.post_res import check_post_res, post_res_reference
+from pipehc.kernels.mapping import Mapping
+from pipehc.kernels.post_res import check_post_res, post_res, post_res_reference
 
 
 def post_res_pre(
@@ -28,7 +30,15 @@ def post_res_pre(
     sub-layer's parameters, manifold and switches."""
     check_post_res(x, f, h_post, h_res)
     check_coefficients(x, phi_next, alpha_next, bias_next, manifold, fixed)
-    return post_res_pre_reference(x, f, h_post, h_res, phi_next, alpha_next, bias_next, manifold, fixed)
+    if backend_of(x, x.shape[1]) == "reference":
+        return post_res_pre_reference(x, f, h_post, h_res, phi_next, alpha_next, bias_next, manifold, fixed)
+    if manifold.static:
+        x_next = post_res(x, f, h_post, h_res)
+        return x_next, *coefficients_pre(x_next, phi_next, alpha_next, bias_next, manifold=manifold, fixed=fixed)
+    x_next, y, _, h_post_next, h_res_next = Mapping.run(
+        x, (f, h_post, h_res), (phi_next, alpha_next, bias_next), manifold, fixed, with_y=True
+    )
+    return x_next, y, h_post_next, h_res_next
 
 
 def post_res_pre_reference(

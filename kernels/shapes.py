@@ -1,4 +1,4 @@
-"""Checks of the shapes and dtypes that all operations share, with messages that name the argument."""
+"""What all operations agree on: shapes and dtypes, checked with messages that name the argument, and the epsilon of the norm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+NORM_EPS = 1e-20
+"""Added to the mean square of x: a row of zeros gives finite coefficients and gradients."""
 
 
 def check_streams(x: Tensor, name: str = "x") -> tuple[int, int, int]:

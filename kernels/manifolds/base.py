@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ class Manifold(ABC):
     def static(self) -> bool:
         """True when the coefficients do not depend on x at all: phi is then ignored."""
         return False
+
+    @property
+    @abstractmethod
+    def device_functions(self) -> tuple[Any, Any]:
+        """Triton functions of the same map and its gradient. z and grad are tuples of n*n columns, row-major, scalar is fp32 or None:
+
+        map(z, scalar, n, SETTINGS) -> tuple of n*n columns
+        backward(z, grad, scalar, n, SETTINGS) -> (gradient by z, gradient by the scalar as a column)
+        """
+
+    @property
+    def settings(self) -> tuple[float, ...]:
+        """Compile-time numbers that the Triton functions get as SETTINGS."""
+        return (0,)
 
     @abstractmethod
     def map(self, logits: Tensor) -> Tensor:

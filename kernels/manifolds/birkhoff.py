@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipehc.kernels.language import tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 
 
@@ -21,6 +22,14 @@ class Birkhoff(Manifold):
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations}: must be at least 1")
+
+    @property
+    def device_functions(self) -> tuple[Any, Any]:
+        return sinkhorn, sinkhorn_backward
+
+    @property
+    def settings(self) -> tuple[float, ...]:
+        return (self.iterations,)
 
     def map(self, logits: Tensor) -> Tensor:
         result: Tensor = _Sinkhorn.apply(logits, self.iterations)
@@ -81,3 +90,147 @@ def _iterate(logits: Tensor, iterations: int, keep_sums: bool) -> tuple[Tensor, 
         if keep_sums:
             sums.append((by_column, by_row))
     return m, log_columns.exp(), sums
+
+
+# The kernels write iteration t >= 2 as M = diag(r) K diag(c) with K the result of the first: c = 1 / K^T r, then r = 1 / K c. The state
+# is then r alone. Backward needs every (r, c) once, last to first: it holds four of them at a time and recomputes the ones before.
+
+
+@triton.jit
+def sinkhorn(z, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
+    k, _ = _first_iteration(z, n)
+    r = _ones(z, n)
+    c = _ones(z, n)
+    for _ in range(SETTINGS[0] - 1):
+        c = _column_scales(k, r, n)
+        r = _row_scales(k, c, n)
+    return _scaled(k, r, c, n)
+
+
+@triton.jit
+def sinkhorn_backward(z, grad, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
+    k, after_columns = _first_iteration(z, n)
+    m = sinkhorn(z, scalar, n, SETTINGS)
+    p = ()
+    for e in tl.static_range(n * n):
+        p += (grad[e] * m[e],)
+    segment: tl.constexpr = 4
+    full: tl.constexpr = (SETTINGS[0] - 1) // segment
+    rest: tl.constexpr = (SETTINGS[0] - 1) % segment
+    if rest > 0:
+        p = _reverse(k, p, full * segment, rest, n)
+    for s in range(full):
+        p = _reverse(k, p, (full - 1 - s) * segment, segment, n)
+    p = _through_rows(p, k, n)
+    return _through_columns(p, after_columns, n), tl.zeros_like(z[0])
+
+
+@triton.jit
+def _reverse(k, p, start, count: tl.constexpr, n: tl.constexpr):
+    """p = dL/dlog M from after iteration start + count back to after iteration start."""
+    r = _ones(k, n)
+    for _ in range(start):
+        r = _row_scales(k, _column_scales(k, r, n), n)
+    rows, columns = (r,), ()
+    for s in tl.static_range(count):
+        c = _column_scales(k, rows[s], n)
+        columns += (c,)
+        rows += (_row_scales(k, c, n),)
+    for s in tl.static_range(count):
+        c = columns[count - 1 - s]
+        p = _through_rows(p, _scaled(k, rows[count - s], c, n), n)
+        p = _through_columns(p, _scaled(k, rows[count - 1 - s], c, n), n)
+    return p
+
+
+@triton.jit
+def _first_iteration(z, n: tl.constexpr):
+    """(after columns and rows, after columns), on logarithms: see `_iterate`."""
+    logs = ()
+    for j in tl.static_range(n):
+        top = z[j]
+        for i in tl.static_range(1, n):
+            top = tl.maximum(top, z[i * n + j])
+        total = tl.zeros_like(top)
+        for i in tl.static_range(n):
+            total += tl.exp(z[i * n + j] - top)
+        logs += (top + tl.log(total),)
+    after_rows, after_columns = (), ()
+    for i in tl.static_range(n):
+        top = z[i * n] - logs[0]
+        for j in tl.static_range(1, n):
+            top = tl.maximum(top, z[i * n + j] - logs[j])
+        total = tl.zeros_like(top)
+        for j in tl.static_range(n):
+            total += tl.exp(z[i * n + j] - logs[j] - top)
+        for j in tl.static_range(n):
+            after_columns += (tl.exp(z[i * n + j] - logs[j]),)
+            after_rows += (tl.exp(z[i * n + j] - logs[j] - top) / total,)
+    return after_rows, after_columns
+
+
+@triton.jit
+def _ones(like, n: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(n):
+        out += (tl.zeros_like(like[0]) + 1.0,)
+    return out
+
+
+@triton.jit
+def _column_scales(k, r, n: tl.constexpr):
+    out = ()
+    for j in tl.static_range(n):
+        total = r[0] * k[j]
+        for i in tl.static_range(1, n):
+            total += r[i] * k[i * n + j]
+        out += (1.0 / total,)
+    return out
+
+
+@triton.jit
+def _row_scales(k, c, n: tl.constexpr):
+    out = ()
+    for i in tl.static_range(n):
+        total = k[i * n] * c[0]
+        for j in tl.static_range(1, n):
+            total += k[i * n + j] * c[j]
+        out += (1.0 / total,)
+    return out
+
+
+@triton.jit
+def _scaled(k, r, c, n: tl.constexpr):
+    out = ()
+    for i in tl.static_range(n):
+        for j in tl.static_range(n):
+            out += (r[i] * k[i * n + j] * c[j],)
+    return out
+
+
+@triton.jit
+def _through_rows(p, m, n: tl.constexpr):
+    """dL/dlog before a row step from dL/dlog after it, with m its result."""
+    out = ()
+    for i in tl.static_range(n):
+        total = p[i * n]
+        for j in tl.static_range(1, n):
+            total += p[i * n + j]
+        for j in tl.static_range(n):
+            out += (p[i * n + j] - m[i * n + j] * total,)
+    return out
+
+
+@triton.jit
+def _through_columns(p, m, n: tl.constexpr):
+    totals = ()
+    for j in tl.static_range(n):
+        total = p[j]
+        for i in tl.static_range(1, n):
+            total += p[i * n + j]
+        totals += (total,)
+    out = ()
+    for i in tl.static_range(n):
+        for j in tl.static_range(n):
+            out += (p[i * n + j] - m[i * n + j] * totals[j],)
+    return out

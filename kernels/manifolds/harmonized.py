@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pipehc.kernels.language import tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 
 STATIC_SCALE = 0.05
@@ -34,6 +35,10 @@ class Harmonized(Manifold):
     def static(self) -> bool:
         return self.unconditioned
 
+    @property
+    def device_functions(self) -> tuple[Any, Any]:
+        return towards_identity, towards_identity_backward
+
     def map(self, logits: Tensor) -> Tensor:
         eye = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
         s = self.scalar.to(logits.dtype)
@@ -47,3 +52,20 @@ class Harmonized(Manifold):
     def initial_bias(self, n: int) -> Tensor:
         """As for HC; zeros in the static form, where softmax gives H_pre = H_post = 1/n."""
         return torch.zeros(n * n + 2 * n) if self.unconditioned else super().initial_bias(n)
+
+
+@triton.jit
+def towards_identity(z, s, n: tl.constexpr, SETTINGS: tl.constexpr):
+    out = ()
+    for i in tl.static_range(n):
+        for j in tl.static_range(n):
+            out += ((1.0 + s * (z[i * n + j] - 1.0)) if i == j else s * z[i * n + j],)
+    return out
+
+
+@triton.jit
+def towards_identity_backward(z, grad, s, n: tl.constexpr, SETTINGS: tl.constexpr):
+    out = ()
+    for k in tl.static_range(n * n):
+        out += (s * grad[k],)
+    return out, tl.zeros_like(z[0])

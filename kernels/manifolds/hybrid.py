@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipehc.kernels.language import tl, triton
 from pipehc.kernels.manifolds.base import Manifold
-from pipehc.kernels.manifolds.birkhoff import Birkhoff
-from pipehc.kernels.manifolds.isometric import Isometric
+from pipehc.kernels.manifolds.birkhoff import Birkhoff, sinkhorn, sinkhorn_backward
+from pipehc.kernels.manifolds.isometric import Isometric, retract, retract_backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +26,46 @@ class Hybrid(Manifold):
     def scalar(self) -> Tensor:
         return self.blend
 
+    @property
+    def device_functions(self) -> tuple[Any, Any]:
+        return blend, blend_backward
+
+    @property
+    def settings(self) -> tuple[float, ...]:
+        """Those of Birkhoff, then those of Isometric."""
+        return (*self.birkhoff.settings, *self.isometric.settings)
+
     def map(self, logits: Tensor) -> Tensor:
         return torch.lerp(self.isometric.map(logits), self.birkhoff.map(logits), self.blend.to(logits.dtype))
 
     def initial_res(self, n: int) -> Tensor:
         """As for Birkhoff: the isometric part of 4 I is I."""
         return self.birkhoff.initial_res(n)
+
+
+@triton.jit
+def blend(z, share, n: tl.constexpr, SETTINGS: tl.constexpr):
+    birkhoff = sinkhorn(z, None, n, (SETTINGS[0],))
+    isometric = retract(z, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
+    out = ()
+    for k in tl.static_range(n * n):
+        out += (isometric[k] + share * (birkhoff[k] - isometric[k]),)
+    return out
+
+
+@triton.jit
+def blend_backward(z, grad, share, n: tl.constexpr, SETTINGS: tl.constexpr):
+    birkhoff = sinkhorn(z, None, n, (SETTINGS[0],))
+    isometric = retract(z, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
+    d_share = tl.zeros_like(z[0])
+    to_birkhoff, to_isometric = (), ()
+    for k in tl.static_range(n * n):
+        d_share += grad[k] * (birkhoff[k] - isometric[k])
+        to_birkhoff += (share * grad[k],)
+        to_isometric += (grad[k] - share * grad[k],)
+    from_birkhoff, _ = sinkhorn_backward(z, to_birkhoff, None, n, (SETTINGS[0],))
+    from_isometric, _ = retract_backward(z, to_isometric, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
+    out = ()
+    for k in tl.static_range(n * n):
+        out += (from_birkhoff[k] + from_isometric[k],)
+    return out, d_share

@@ -1,0 +1,404 @@
+"""The backward kernel behind `coefficients`, `coefficients_pre` and `post_res_pre`, and the second stage of its parameter gradients.
+
+It yields the whole gradient of the streams x that the coefficients were computed from. One program takes a group of tokens, block by
+block, through two sweeps: row sums over channels first (gradients of H_pre, H_post, H_res), then, after the maps' own backward, the
+gradient of x. A third sweep over the group adds up its share of the gradient of phi in registers: no atomics, so equal bits on
+every run.
+
+With a deferred sub-layer end (see link.py) the same launch does the backward of that `post_res`, whose inputs it reads anyway.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipehc.kernels.forward import (
+    BLOCK_TOKENS,
+    logits_of,
+    map_constants,
+    padded_columns,
+    part,
+    product_precision,
+    scalar_of,
+    tanh,
+)
+from pipehc.kernels.language import check_launchable, tl, triton
+from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
+
+MAX_GROUPS = 64
+"""Programs of one launch, at most: each writes a partial gradient of phi's size. Fixed, so that no device decides on the bits."""
+
+
+@triton.jit
+def mapping_backward_kernel(
+    x,
+    d_y,
+    d_x_next,
+    d_x_direct,
+    f,
+    d_pre,
+    d_post,
+    d_res,
+    h_pre,
+    h_post,
+    h_res,
+    phi,
+    alpha,
+    bias,
+    scalar,
+    product,
+    inverse_rms,
+    h_post_before,
+    d_x,
+    d_f_before,
+    d_logits,
+    d_product,
+    d_scalar,
+    d_phi_partial,
+    d_small_partial,
+    T,
+    C,
+    BLOCKS,
+    n: tl.constexpr,
+    PADDED: tl.constexpr,
+    ALL: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    PER_STREAM: tl.constexpr,
+    MAP_BACKWARD: tl.constexpr,
+    SETTINGS: tl.constexpr,
+    FIXED: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Optional inputs are None when absent: d_y (with h_pre), d_x_next with f (a deferred post_res), d_x_direct, d_pre, d_post, d_res
+    (gradients that reached x, H_pre, H_post, H_res by themselves). h_post_before asks for d_f_before, the gradient of the f that went
+    into x. d_logits, d_product, d_scalar are scratch per token, [T, n*n + 2n] and [T]."""
+    group = tl.program_id(0)
+    K: tl.constexpr = n * n + 2 * n
+    WIDTH: tl.constexpr = n + 2 if PER_STREAM else K
+    GROUPS: tl.constexpr = n if PER_STREAM else 1
+    k = tl.arange(0, PADDED)
+    number = None
+    if scalar is not None:
+        number = tl.load(scalar)
+
+    for block in range(BLOCKS):
+        t = (group.to(tl.int64) * BLOCKS + block) * BT + tl.arange(0, BT)[:, None]
+        tokens = t < T
+
+        # Sweep 1: sums over channels.
+        res_sums = zeros(n * n if f is not None else 0, BT, BC // 8)
+        post_sums = zeros(n if f is not None else 0, BT, BC // 8)
+        pre_sums = zeros(n if d_y is not None else 0, BT, BC // 8)
+        if (f is not None) or (d_y is not None):
+            for first in range(0, C, BC):
+                c = first + tl.arange(0, BC)[None, :]
+                inside = tokens & (c < C)
+                streams = load_tiles(x, t, c, C, inside, n)
+                if f is not None:
+                    branch = tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
+                    new_res, new_post = (), ()
+                    for i in tl.static_range(n):
+                        grad = tl.load(d_x_next + t * (n * C) + i * C + c, mask=inside, other=0.0).to(tl.float32)
+                        new_post += (post_sums[i] + fold(grad * branch),)
+                        for j in tl.static_range(n):
+                            new_res += (res_sums[i * n + j] + fold(grad * streams[j]),)
+                    res_sums = new_res
+                    post_sums = new_post
+                if d_y is not None:
+                    grad_y = tl.load(d_y + t * C + c, mask=inside, other=0.0).to(tl.float32)
+                    new_pre = ()
+                    for j in tl.static_range(n):
+                        new_pre += (pre_sums[j] + fold(grad_y * streams[j]),)
+                    pre_sums = new_pre
+
+        # The maps: gradients of H to gradients of the logits.
+        grad_pre, grad_post, grad_res = (), (), ()
+        for j in tl.static_range(n):
+            total_pre = tl.zeros([BT, 1], tl.float32)
+            if d_y is not None:
+                total_pre += tl.sum(pre_sums[j], 1, keep_dims=True)
+            if d_pre is not None:
+                total_pre += tl.load(d_pre + t * n + j, mask=tokens, other=0.0)
+            total_post = tl.zeros([BT, 1], tl.float32)
+            if f is not None:
+                total_post += tl.sum(post_sums[j], 1, keep_dims=True)
+            if d_post is not None:
+                total_post += tl.load(d_post + t * n + j, mask=tokens, other=0.0)
+            grad_pre += (total_pre,)
+            grad_post += (total_post,)
+        for e in tl.static_range(n * n):
+            total_res = tl.zeros([BT, 1], tl.float32)
+            if f is not None:
+                total_res += tl.sum(res_sums[e], 1, keep_dims=True)
+            if d_res is not None:
+                total_res += tl.load(d_res + t * (n * n) + e, mask=tokens, other=0.0)
+            grad_res += (total_res,)
+        products = load_columns(product, t, tokens, K)
+        logits, scaled = logits_of(products, alpha, bias, n, PER_STREAM)
+        grad_logits = ()
+        for j in tl.static_range(n):
+            slope = tl.zeros_like(logits[j]) + 1.0
+            if not PER_STREAM:
+                gate = tl.sigmoid(logits[j])
+                slope = gate * (1.0 - gate)
+            grad_logits += (slope * (0.0 if FIXED[0] else grad_pre[j]),)
+        for j in tl.static_range(n):
+            slope = tl.zeros_like(logits[n + j]) + 1.0
+            if not PER_STREAM:
+                gate = tl.sigmoid(logits[n + j])
+                slope = 2.0 * gate * (1.0 - gate)
+            grad_logits += (slope * (0.0 if FIXED[1] else grad_post[j]),)
+        if FIXED[2]:
+            for e in tl.static_range(n * n):
+                grad_logits += (tl.zeros([BT, 1], tl.float32),)
+            grad_scalar = tl.zeros([BT, 1], tl.float32)
+        else:
+            grad_map, grad_scalar = MAP_BACKWARD(part(logits, 2 * n, n * n), grad_res, number, n, SETTINGS)
+            grad_logits += grad_map
+        if d_scalar is not None:
+            tl.store(d_scalar + t, grad_scalar, mask=tokens)
+
+        # Through alpha, tanh and the norm: x' = x phi / rms takes g to (g phi^T - x (g . x') / (C rms)) / rms.
+        inverses = load_columns(inverse_rms, t, tokens, GROUPS)
+        pulls = ()
+        for g in tl.static_range(GROUPS):
+            pulls += (tl.zeros([BT, 1], tl.float32),)
+        for e in tl.static_range(K):
+            grad = tl.load(alpha + tl.minimum(e // n, 2)) * grad_logits[e]
+            if PER_STREAM:
+                grad = grad * (1.0 - scaled[e] * scaled[e])
+            inverse = inverses[e % GROUPS]
+            new_pulls = ()
+            for g in tl.static_range(GROUPS):
+                new_pulls += (pulls[g] + grad * products[e] if e % GROUPS == g else pulls[g],)
+            pulls = new_pulls
+            tl.store(d_logits + t * K + e, grad_logits[e], mask=tokens)
+            tl.store(d_product + t * K + e, grad * inverse, mask=tokens)
+        shrinks = ()
+        for g in tl.static_range(GROUPS):
+            shrinks += (pulls[g] * inverses[g] * inverses[g] / (C if PER_STREAM else n * C),)
+        tl.debug_barrier()
+
+        # Sweep 2: the gradient of x.
+        whole = ()
+        for g in tl.static_range(GROUPS):
+            column = k * n + g if PER_STREAM else k
+            whole += (tl.load(d_product + t * K + column[None, :], mask=tokens & (k < WIDTH)[None, :], other=0.0),)
+        weight_of_y = load_columns(h_pre, t, tokens, n if d_y is not None else 0)
+        weights = load_columns(h_res, t, tokens, n * n if f is not None else 0)
+        before = load_columns(h_post_before, t, tokens, n if h_post_before is not None else 0)
+        for first in range(0, C, BC):
+            c = first + tl.arange(0, BC)
+            at = c[None, :]
+            inside = tokens & (at < C)
+            if f is not None:
+                grads = load_tiles(d_x_next, t, at, C, inside, n)
+            if d_y is not None:
+                grad_y = tl.load(d_y + t * C + at, mask=inside, other=0.0).to(tl.float32)
+            grad_f = tl.zeros([BT, BC], tl.float32)
+            for j in tl.static_range(n):
+                row = c if PER_STREAM else j * C + c
+                columns = tl.load(phi + row[:, None] * WIDTH + k[None, :], mask=(c < C)[:, None] & (k < WIDTH)[None, :], other=0.0)
+                out = tl.dot(whole[j % GROUPS], tl.trans(columns), input_precision=PRECISION)
+                out -= shrinks[j % GROUPS] * tl.load(x + t * (n * C) + j * C + at, mask=inside, other=0.0).to(tl.float32)
+                if d_y is not None:
+                    out += weight_of_y[j] * grad_y
+                if f is not None:
+                    for i in tl.static_range(n):
+                        out += weights[i * n + j] * grads[i]
+                if d_x_direct is not None:
+                    out += tl.load(d_x_direct + t * (n * C) + j * C + at, mask=inside, other=0.0).to(tl.float32)
+                store_rounded(d_x + t * (n * C) + j * C + at, out, inside)
+                if h_post_before is not None:
+                    grad_f += before[j] * out
+            if h_post_before is not None:
+                store_rounded(d_f_before + t * C + at, grad_f, inside)
+
+    # Sweep 3: this group's share of the parameter gradients.
+    first_row = group.to(tl.int64) * BLOCKS * BT
+    for first in range(0, C, BC):
+        c = first + tl.arange(0, BC)
+        shared = tl.zeros([BC, PADDED], tl.float32)
+        for j in tl.static_range(n):
+            total = shared if PER_STREAM else tl.zeros([BC, PADDED], tl.float32)
+            column = k * n + j if PER_STREAM else k
+            for block in range(BLOCKS):
+                t = first_row + block * BT + tl.arange(0, BT)[:, None]
+                tokens = t < T
+                stream = tl.load(x + t * (n * C) + j * C + c[None, :], mask=tokens & (c < C)[None, :], other=0.0)
+                grad = tl.load(d_product + t * K + column[None, :], mask=tokens & (k < WIDTH)[None, :], other=0.0)
+                total = tl.dot(tl.trans(stream.to(tl.float32)), grad, total, input_precision=PRECISION)
+            if PER_STREAM:
+                shared = total
+            else:
+                at = (group.to(tl.int64) * (n * C) + j * C + c)[:, None] * WIDTH + k[None, :]
+                tl.store(d_phi_partial + at, total, mask=(c < C)[:, None] & (k < WIDTH)[None, :])
+        if PER_STREAM:
+            at = (group.to(tl.int64) * C + c)[:, None] * WIDTH + k[None, :]
+            tl.store(d_phi_partial + at, shared, mask=(c < C)[:, None] & (k < WIDTH)[None, :])
+    e = tl.arange(0, ALL)
+    small = d_small_partial + group * (2 * K + 1)
+    grad_bias = tl.zeros([BT, ALL], tl.float32)
+    grad_alpha = tl.zeros([BT, ALL], tl.float32)
+    grad_number = tl.zeros([BT, 1], tl.float32)
+    for block in range(BLOCKS):
+        t = first_row + block * BT + tl.arange(0, BT)[:, None]
+        there = (t < T) & (e < K)[None, :]
+        grad = tl.load(d_logits + t * K + e[None, :], mask=there, other=0.0)
+        u = tl.load(product + t * K + e[None, :], mask=there, other=0.0)
+        grad_bias += grad
+        grad_alpha += grad * (tanh(u) if PER_STREAM else u)
+        if d_scalar is not None:
+            grad_number += tl.load(d_scalar + t, mask=t < T, other=0.0)
+    tl.store(small + e, tl.sum(grad_bias, 0), mask=e < K)
+    tl.store(small + K + e, tl.sum(grad_alpha, 0), mask=e < K)
+    tl.store(small + 2 * K, tl.sum(tl.sum(grad_number, 1), 0))
+
+
+@triton.jit
+def parameter_sum_kernel(
+    d_phi_partial,
+    d_small_partial,
+    d_phi,
+    d_alpha,
+    d_bias,
+    d_number,
+    PARTS,
+    SIZE,
+    n: tl.constexpr,
+    ALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Second stage: sums over the groups, in order. The last program has the small parameters, the others a block of phi each."""
+    K: tl.constexpr = n * n + 2 * n
+    program = tl.program_id(0)
+    if program < tl.num_programs(0) - 1:
+        at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        pointer = d_phi_partial + at
+        for _ in range(PARTS):
+            total += tl.load(pointer, mask=at < SIZE, other=0.0)
+            pointer += SIZE
+        tl.store(d_phi + at, total, mask=at < SIZE)
+    else:
+        e = tl.arange(0, ALL)
+        grad_bias = tl.zeros([ALL], tl.float32)
+        grad_alpha = tl.zeros([ALL], tl.float32)
+        grad_number = tl.zeros([ALL], tl.float32)
+        for one in range(PARTS):
+            small = d_small_partial + one * (2 * K + 1)
+            grad_bias += tl.load(small + e, mask=e < K, other=0.0)
+            grad_alpha += tl.load(small + K + e, mask=e < K, other=0.0)
+            grad_number += tl.load(small + 2 * K + e, mask=e < 1, other=0.0)
+        tl.store(d_bias + e, grad_bias, mask=e < K)
+        for g in tl.static_range(3):
+            tl.store(d_alpha + g, tl.sum(tl.where(tl.minimum(e // n, 2) == g, grad_alpha, 0.0), 0))
+        tl.store(d_number, tl.sum(grad_number, 0))
+
+
+class Incoming(NamedTuple):
+    """Gradients that arrive at the operation; None for those that do not. All contiguous, per-coefficient ones in fp32."""
+
+    y: Tensor | None
+    x: Tensor | None
+    h_pre: Tensor | None
+    h_post: Tensor | None
+    h_res: Tensor | None
+    deferred: tuple[Tensor, Tensor] | None
+    """(gradient of x', f) of the sub-layer's own post_res, whose backward is left to this launch."""
+
+
+class Gradients(NamedTuple):
+    """What one launch yields: by the streams, the parameters, the manifold's scalar and the f before."""
+
+    x: Tensor
+    phi: Tensor
+    alpha: Tensor
+    bias: Tensor
+    scalar: Tensor
+    f_before: Tensor | None
+
+
+def blocks_per_group(tokens: int) -> int:
+    """Token blocks that one program takes in turn."""
+    return max(1, triton.cdiv(triton.cdiv(tokens, BLOCK_TOKENS), MAX_GROUPS))
+
+
+def launch_mapping_backward(
+    x: Tensor,
+    saved: dict[str, Tensor],
+    parameters: tuple[Tensor, Tensor, Tensor],
+    incoming: Incoming,
+    h_post_before: Tensor | None,
+    manifold: Manifold,
+    fixed: Collection[str],
+) -> Gradients:
+    """Two launches. `saved` holds h_pre, h_post, h_res, product and inverse_rms of `launch_mapping`."""
+    check_launchable(x.device)
+    tokens, n, channels = x.shape
+    phi, alpha, bias = parameters
+    columns = n * n + 2 * n
+    small = {"dtype": torch.float32, "device": x.device}
+    d_x = torch.empty_like(x)
+    d_f = None if h_post_before is None else torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
+    if not tokens:
+        return Gradients(d_x, *(torch.zeros_like(p) for p in parameters), torch.zeros((), **small), d_f)
+    blocks = blocks_per_group(tokens)
+    groups = triton.cdiv(tokens, BLOCK_TOKENS * blocks)
+    number = scalar_of(manifold)
+    d_phi_partial = torch.empty(groups, *phi.shape, **small)
+    d_small_partial = torch.empty(groups, 2 * columns + 1, **small)
+    d_product = torch.empty(tokens, columns, **small)
+    every = triton.next_power_of_2(columns)
+    d_x_next, f = incoming.deferred if incoming.deferred is not None else (None, None)
+    mapping_backward_kernel[(groups,)](
+        x,
+        incoming.y,
+        d_x_next,
+        incoming.x,
+        f,
+        incoming.h_pre,
+        incoming.h_post,
+        incoming.h_res,
+        saved["h_pre"],
+        saved["h_post"],
+        saved["h_res"],
+        phi,
+        alpha,
+        bias,
+        number,
+        saved["product"],
+        saved["inverse_rms"],
+        h_post_before,
+        d_x,
+        d_f,
+        torch.empty(tokens, columns, **small),
+        d_product,
+        None if number is None else torch.empty(tokens, **small),
+        d_phi_partial,
+        d_small_partial,
+        tokens,
+        channels,
+        blocks,
+        n=n,
+        PADDED=padded_columns(n, manifold.per_stream),
+        ALL=every,
+        BT=BLOCK_TOKENS,
+        BC=block_channels(n),
+        **map_constants(manifold, fixed),
+        MAP_BACKWARD=manifold.device_functions[1],
+        PRECISION=product_precision(x.dtype),
+        num_warps=4,
+    )
+    d_phi = torch.empty_like(phi) if groups > 1 else d_phi_partial[0]
+    d_alpha, d_bias, d_number = torch.empty_like(alpha), torch.empty_like(bias), torch.empty((), **small)
+    block = 1024
+    parameter_sum_kernel[(1 + (triton.cdiv(phi.numel(), block) if groups > 1 else 0),)](
+        d_phi_partial, d_small_partial, d_phi, d_alpha, d_bias, d_number, groups, phi.numel(), n=n, ALL=every, BLOCK=block
+    )
+    return Gradients(d_x, d_phi, d_alpha, d_bias, d_number, d_f)

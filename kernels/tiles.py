@@ -1,0 +1,51 @@
+"""Device functions that several kernels share. A *column* is one number per token, [BT]; n numbers per token are a tuple of columns,
+held in registers; a *tile* is a block of one stream, [BT, BC]."""
+
+from pipehc.kernels.language import tl, triton
+
+
+@triton.jit
+def load_columns(pointer, t, tokens, count: tl.constexpr):
+    """`count` numbers of every token as columns, from a contiguous [T, count] fp32 tensor; zeros past the last token."""
+    out = ()
+    for k in tl.static_range(count):
+        out += (tl.load(pointer + t * count + k, mask=tokens, other=0.0),)
+    return out
+
+
+@triton.jit
+def load_tiles(pointer, t, c, C, mask, n: tl.constexpr):
+    """The n streams of [T, n, C] at tokens t and channels c, as fp32 tiles."""
+    out = ()
+    for j in tl.static_range(n):
+        out += (tl.load(pointer + t * (n * C) + j * C + c, mask=mask, other=0.0).to(tl.float32),)
+    return out
+
+
+@triton.jit
+def fold(tile):
+    """Sum of a tile over groups of eight neighbouring channels, [BT, BC // 8]: a group lies in one thread, so this needs no shuffle.
+    Accumulate these, and sum the remaining lanes once at the end of a row."""
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 8]), 2)
+
+
+@triton.jit
+def zeros(count: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """A tuple of `count` fp32 accumulators [rows, columns]."""
+    out = ()
+    for _ in tl.static_range(count):
+        out += (tl.zeros([rows, columns], tl.float32),)
+    return out
+
+
+@triton.jit
+def store_rounded(pointer, value, mask):
+    """Store fp32 values in the dtype of the pointer. fp16 saturates: the gradient of a row of zeros is huge, but stays finite."""
+    if pointer.dtype.element_ty == tl.float16:
+        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+def block_channels(n: int) -> int:
+    """Channels of one tile of 16 tokens: eight per thread of four warps, half of that where more than four streams share registers."""
+    return 64 if n <= 4 else 32
