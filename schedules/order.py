@@ -78,7 +78,13 @@ class Order:
         edges = sorted({(type(i) is Send, i.message.source, i.message.target) for i in row if not isinstance(i, Run)})
         self._edge_queue = {edge: HIGH + 1 + k for k, edge in enumerate(edges)}
         size = HIGH + 1 + len(edges)
-        self._slot = {i.message: i.slot for i in row if isinstance(i, (Post, Send))}
+        # Where messages lie, by kind, lane, stage and micro-batch; what is not in here is handed over on this rank.
+        self._buffers: dict[tuple, Location] = {}
+        for i in row:
+            if isinstance(i, (Post, Send)):
+                side = "receive" if isinstance(i, Post) else "send"
+                self._buffers[i.message[:4]] = (side, i.message.source, i.message.target, i.slot)
+        self._content: dict[Location, tuple] = {}  # buffer -> key of the message in it
         self._now: list[Clock] = [[0] * size for _ in range(size)]  # what each queue knows when its next piece starts
         self._ended: list[Clock] = [[0] * size for _ in range(size)]  # of edge queues: what is known when the last piece has ended
         self._count = [0] * size
@@ -115,6 +121,9 @@ class Order:
                 self._written[location] = use
                 self._read.pop(location, None)
         assert end is not None
+        key = self._result(instruction.action) if isinstance(instruction, Run) else instruction.message[:4]
+        if key in self._buffers:
+            self._content[self._buffers[key]] = key
         if isinstance(instruction, Post):
             self._posted[instruction.message] = end
         return end
@@ -138,10 +147,15 @@ class Order:
                     if start[use.queue] <= use.number:
                         yield use.instruction, location
 
-    def written(self, location: Location) -> int | None:
-        """The instruction that wrote `location` last."""
-        use = self._written.get(location)
-        return None if use is None else use.instruction
+    def misread(self, instruction: Instruction) -> Iterator[tuple]:
+        """What `instruction` would take from a buffer that holds something else: (kind, lane, stage, micro-batch) of messages."""
+        if isinstance(instruction, Run):
+            keys = self._inputs(instruction.action)
+        else:
+            keys = [instruction.message[:4]] if isinstance(instruction, Send) else []
+        for key in keys:
+            if (buffer := self._buffers.get(key)) is not None and self._content.get(buffer) != key:
+                yield key
 
     def pieces(self, instruction: Post | Send | Run) -> list[Piece]:
         """The work of an instruction, in order; pieces of one action wait for each other."""
@@ -154,33 +168,29 @@ class Order:
             return self._run(instruction)
         message = instruction.message
         queue = self._edge_queue[isinstance(instruction, Send), message.source, message.target]
-        buffer = (self.buffer(message),)
+        buffer = (self._buffers[message[:4]],)
         return [Piece(queue, buffer, ()) if isinstance(instruction, Send) else Piece(queue, (), buffer)]
-
-    def buffer(self, message: Message) -> Location:
-        """Where a message lies on this rank."""
-        side = "receive" if message.target == self._rank else "send"
-        return side, message.source, message.target, self._slot.get(message, -1)
 
     def _run(self, run: Run) -> list[Piece]:
         kind, stage, microbatch, lane = run.action
-        x, g = self._input(run.action, "F"), self._input(run.action, "I")
+        inputs = tuple(self._buffers.get(key, key) for key in self._inputs(run.action))
         saved, deferred = ("saved", lane, stage, microbatch), ("deferred", lane, stage, microbatch)
         accumulator = ("accumulator", lane, stage)
         # What the action reads and what it keeps; a first or last piece on another queue is taken to touch all of that too.
         reads: tuple[Location, ...]
         keeps: tuple[Location, ...]
         if kind == "F":
-            reads, keeps = x, (saved,)
+            reads, keeps = inputs, (saved,)
         elif kind == "R":
-            reads, keeps = (*x, saved), (saved,)
+            reads, keeps = (*inputs, saved), (saved,)
         elif kind == "I":
-            reads, keeps = (*x, *g, saved), (deferred,)
+            reads, keeps = (*inputs, saved), (deferred,)
         elif kind == "B":
-            reads, keeps = (*x, *g, saved), (deferred, accumulator)
+            reads, keeps = (*inputs, saved), (deferred, accumulator)
         else:
-            reads, keeps = (*x, *g, saved, deferred), (accumulator,)
-        result = self._result(run.action)
+            reads, keeps = (*inputs, saved, deferred), (accumulator,)
+        key = self._result(run.action)
+        result = () if key is None else (self._buffers.get(key, key),)
         if run.entry == run.exit == "compute":
             return [Piece(COMPUTE, reads, keeps + result)]
         found = [Piece(COMPUTE, reads, keeps if run.exit != "compute" else keeps + result)]
@@ -190,24 +200,20 @@ class Order:
             found.append(Piece(_QUEUES[run.exit], reads, keeps + result))
         return found
 
-    def _input(self, action: Action, kind: str) -> tuple[Location, ...]:
-        """The stage's input (F) or output gradient (I): in a buffer, or handed over on this rank; nothing at the lane's ends."""
-        _, stage, microbatch, lane = action
-        if (stage == 0) if kind == "F" else (stage + 1 == self._schedule.placement.stages):
-            return ()
-        message = incoming(self._schedule, Action(kind, stage, microbatch, lane))  # type: ignore[arg-type]
-        return (("local", kind, lane, stage, microbatch) if message is None else self.buffer(message),)
-
-    def _result(self, action: Action) -> tuple[Location, ...]:
-        """Where the output of F, or the input gradient of I, goes; nothing at the lane's ends."""
+    def _inputs(self, action: Action) -> list[tuple]:
+        """Keys of what the action reads from its neighbours: the input and, on the way back, the output gradient."""
         kind, stage, microbatch, lane = action
-        if kind in "RW":
-            return ()
-        kind, step = ("F", 1) if kind == "F" else ("I", -1)
-        if not 0 <= stage + step < self._schedule.placement.stages:
-            return ()
-        message = outgoing(self._schedule, action)
-        return (("local", kind, lane, stage + step, microbatch) if message is None else self.buffer(message),)
+        keys: list[tuple] = [("activation", lane, stage, microbatch)] if stage else []
+        if kind in "BIW" and stage + 1 < self._schedule.placement.stages:
+            keys.append(("gradient", lane, stage, microbatch))
+        return keys
+
+    def _result(self, action: Action) -> tuple | None:
+        """Key of what the action makes for a neighbour: the input of the next stage, or the output gradient of the one before."""
+        kind, stage, microbatch, lane = action
+        if kind == "F" and stage + 1 < self._schedule.placement.stages:
+            return "activation", lane, stage + 1, microbatch
+        return ("gradient", lane, stage - 1, microbatch) if kind in "BI" and stage else None
 
 
 def _join(a: Clock, b: Clock) -> Clock:

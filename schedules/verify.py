@@ -119,10 +119,9 @@ def _check_order(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> N
         for source, location in order.races(instruction, after):
             what = " ".join(map(str, location))
             raise ProgramError(f"rank {rank}: instructions {source} and {index} may touch '{what}' at the same time")
-        for message in _reads(schedule, instruction):
-            writer = order.written(order.buffer(message))
-            if writer is None or not _writes(schedule, row[writer], message):
-                raise ProgramError(f"rank {rank}, instruction {index}: its buffer does not hold the {message}")
+        for kind, lane, stage, microbatch in order.misread(instruction):
+            what = f"{kind} for stage {stage}@{lane}, micro-batch {microbatch}"
+            raise ProgramError(f"rank {rank}, instruction {index}: its buffer does not hold the {what}")
         end = order.visit(index, instruction, after)
         if isinstance(instruction, (Run, Send)) and instruction.event is not None:
             if instruction.event in recorded:
@@ -148,23 +147,6 @@ def _check_pairs(order: Order, rank: int, row: Sequence[Instruction]) -> None:
             written |= {w for piece in other for w in piece.writes} & {x for piece in one for x in piece.reads}
             if written or not events.isdisjoint(instruction.after):
                 raise ProgramError(f"rank {rank}: {forward.action} and {instruction.action} are a pair, but cannot be interleaved")
-
-
-def _reads(schedule: Schedule, instruction: Instruction) -> list[Message]:
-    """The messages that lie in buffers and that the instruction reads."""
-    if isinstance(instruction, Send):
-        return [instruction.message]
-    if not isinstance(instruction, Run):
-        return []
-    kinds = {"F": "F", "R": "F"}.get(instruction.action.kind, "FI")
-    found = (incoming(schedule, instruction.action._replace(kind=kind)) for kind in kinds)  # type: ignore[arg-type]
-    return [message for message in found if message is not None]
-
-
-def _writes(schedule: Schedule, instruction: Instruction, message: Message) -> bool:
-    if isinstance(instruction, Run):
-        return outgoing(schedule, instruction.action) == message
-    return isinstance(instruction, Post) and instruction.message == message
 
 
 def _check_progress(program: Program) -> None:

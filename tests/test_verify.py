@@ -74,7 +74,7 @@ def test_an_event_on_the_other_queue_is_needed_when_the_post_residual_leaves_the
     maker = next(x for x in row if isinstance(x, Run) and x.action[:2] == ("F", 1))
     assert maker.event in row[at].after  # type: ignore[union-attr]
     row[at] = row[at]._replace(after=())
-    with pytest.raises(ProgramError, match="may touch 'local F 0 2 0' at the same time"):
+    with pytest.raises(ProgramError, match="may touch 'activation 0 2 0' at the same time"):
         verify(edited(program, 1, row))
 
 
