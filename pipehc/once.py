@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
+
 
 def say_once(text: str, topic: str) -> None:
     """Prints `text` on standard error, if no other process of this job on this machine has said something on `topic` yet.
@@ -15,12 +17,16 @@ def say_once(text: str, topic: str) -> None:
     apart. A job is the processes of one torchrun (or this process alone).
     """
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
-        job = f"{run}-{os.getppid()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        marker = Path(tempfile.gettempdir()) / f"pipehc-{topic}-{job}"
+        launcher = psutil.Process(os.getppid())
+        # Without --standalone every run has the same id, and process numbers come again: only with its start is a launcher unique.
+        job = f"{run}-{launcher.pid}-{launcher.create_time()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        marker = Path(tempfile.gettempdir(), f"pipehc-{topic}-{job}".replace("/", "-"))
         try:
             os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return
+        except OSError:
+            pass  # no room for markers: better said by every process than by none
     # One write: lines of several processes must not mix.
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
