@@ -1,6 +1,7 @@
 """Pipeline schedules as data: generate -> check -> compile -> execute. Needs no torch, `execute.py` aside."""
 
 from pipehc.schedules.actions import Action, Pair
+from pipehc.schedules.auto import AutoReport, auto, auto_report
 from pipehc.schedules.check import ScheduleError, check
 from pipehc.schedules.compile import compile
 from pipehc.schedules.costs import Costs
@@ -15,6 +16,7 @@ from pipehc.schedules.verify import ProgramError, verify
 __all__ = [
     "FAMILIES",
     "Action",
+    "AutoReport",
     "Costs",
     "Pair",
     "Placement",
@@ -24,6 +26,8 @@ __all__ = [
     "ScheduleError",
     "SimulationResult",
     "Span",
+    "auto",
+    "auto_report",
     "build",
     "check",
     "compile",

@@ -1,0 +1,199 @@
+"""Finds a schedule for given costs, links and memory, and says how far from the best possible it can be at most.
+
+Every named schedule that fits is a starting point, so the result is never worse. A list scheduler with searched priorities does the
+work (see `search/`), `bounds` gives the proof.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from hashlib import sha256
+from os import PathLike
+from pathlib import Path
+from time import monotonic
+
+from pipehc.schedules.actions import parse
+from pipehc.schedules.check import check
+from pipehc.schedules.costs import Costs
+from pipehc.schedules.families import FAMILIES, build
+from pipehc.schedules.placement import Placement, bidirectional, linear, vee
+from pipehc.schedules.schedule import Schedule
+from pipehc.schedules.search.problem import Problem, pose
+from pipehc.schedules.search.race import Budget, Race
+from pipehc.schedules.simulate import SimulationResult, simulate
+
+PLACEMENTS: dict[str, Callable[[int], Placement]] = {"linear": linear, "v": vee, "bidirectional": bidirectional}
+ALGORITHM = 1  # part of the cache key: raise it when results change
+ACTIONS_PER_SECOND = 150_000  # that a slow machine places: the budget is counted in actions, the clock seldom ends it
+
+
+@dataclass(frozen=True)
+class AutoReport:
+    """What `auto` found. Times in the unit of the costs.
+
+    makespan: as simulated. lower_bound: no schedule of the allowed placements within the cap is faster. named, named_makespan:
+    the best named schedule that fits, None and inf if there is none. cut_short: the clock stopped the search, so another run may
+    differ.
+    """
+
+    schedule: Schedule
+    makespan: float
+    lower_bound: float
+    named: str | None
+    named_makespan: float
+    cut_short: bool
+
+    @property
+    def gap(self) -> float:
+        """Largest possible gain over `makespan`, as a fraction of the lower bound."""
+        return max(0.0, self.makespan / self.lower_bound - 1)
+
+    @property
+    def optimal(self) -> bool:
+        """Proven to be the best."""
+        return self.gap < 1e-9
+
+
+def auto(
+    ranks: int,
+    microbatches: int,
+    costs: Costs,
+    max_live: float | None = None,
+    placements: Sequence[str] = tuple(PLACEMENTS),
+    time_limit: float = 10.0,
+    seed: int = 0,
+    cache: str | PathLike[str] | None = None,
+) -> Schedule:
+    """The schedule of `auto_report`, which has the same arguments and is free after this."""
+    return auto_report(ranks, microbatches, costs, max_live, placements, time_limit, seed, cache).schedule
+
+
+def auto_report(
+    ranks: int,
+    microbatches: int,
+    costs: Costs,
+    max_live: float | None = None,
+    placements: Sequence[str] = tuple(PLACEMENTS),
+    time_limit: float = 10.0,
+    seed: int = 0,
+    cache: str | PathLike[str] | None = None,
+) -> AutoReport:
+    """Searches for the fastest schedule within the cap.
+
+    max_live: activations of 1/P of the model that a rank may hold, from the start of F to the end of W; None: no limit.
+    placements: those allowed, of linear, v and bidirectional. time_limit: seconds, after which the best so far is returned.
+    seed: the same seed gives the same schedule, unless the clock stops the search (see AutoReport.cut_short).
+    cache: folder that keeps results by content; in memory they are kept in any case.
+    Raises ValueError, naming key and value, for what is not allowed, and if no schedule can respect the cap.
+    """
+    if ranks < 1 or microbatches < 1:
+        raise ValueError(f"ranks = {ranks}, microbatches = {microbatches}: must be at least 1")
+    if time_limit <= 0:
+        raise ValueError(f"time_limit = {time_limit}: must be more than 0 seconds")
+    if max_live is not None and max_live <= 0:
+        raise ValueError(f"max_live = {max_live}: must be more than 0")
+    for name in placements:
+        if name not in PLACEMENTS:
+            raise ValueError(f"placements: {name!r} must be one of {', '.join(PLACEMENTS)}")
+    if not placements:
+        raise ValueError(f"placements: needs at least one of {', '.join(PLACEMENTS)}")
+    wanted = tuple(name for name in PLACEMENTS if name in placements)
+    problem = (ranks, microbatches, costs, max_live, wanted, float(time_limit), seed)
+    if cache is None:
+        return _search(*problem)
+    path = Path(cache) / f"auto-{sha256(repr((ALGORITHM, problem)).encode()).hexdigest()[:20]}.json"
+    if path.exists():
+        return _load(path)
+    report = _search(*problem)
+    _save(report, path)
+    return report
+
+
+@lru_cache(maxsize=64)
+def _search(
+    ranks: int,
+    microbatches: int,
+    costs: Costs,
+    max_live: float | None,
+    placements: tuple[str, ...],
+    time_limit: float,
+    seed: int,
+) -> AutoReport:
+    deadline = monotonic() + time_limit
+    problems = [pose(PLACEMENTS[name](ranks), microbatches, costs, max_live) for name in placements]
+    open_problems = sorted((p for p in problems if p is not None), key=lambda p: p.bound)
+    if not open_problems:
+        raise ValueError(
+            f"max_live = {max_live}, microbatches = {microbatches}: no schedule on {ranks} ranks of placement "
+            f"{' or '.join(placements)}; two lanes need an even number of micro-batches and 2 live activations, v needs 1"
+        )
+    bound = min(problem.bound for problem in open_problems)
+    examples = _named(open_problems, costs, deadline)
+    found = [(result.makespan, schedule) for schedule, result in examples]
+    named, named_makespan = (found[0][1].name, found[0][0]) if found else (None, float("inf"))
+    race = Race(open_problems, Budget(time_limit * ACTIONS_PER_SECOND, deadline), seed)
+    if named_makespan > bound * (1 + 1e-9):
+        race.run([(schedule, result.spans) for schedule, result in examples])
+    for candidate in race.best:
+        if found and found[0][0] <= candidate.makespan * (1 + 1e-9):
+            break
+        # The list scheduler posts every receive at once, a program only some ahead: the program is what counts.
+        schedule = candidate.problem.schedule(candidate.rows, "auto")
+        found.append((simulate(schedule, costs).makespan, schedule))
+        found.sort(key=lambda x: x[0])
+        if monotonic() > deadline:
+            break
+    makespan, schedule = found[0]
+    assert max_live is None or max(check(schedule).peak_live) <= max_live + 1e-9
+    return AutoReport(replace(schedule, name="auto"), makespan, bound, named, named_makespan, race.budget.cut_short)
+
+
+def _named(problems: Sequence[Problem], costs: Costs, deadline: float) -> list[tuple[Schedule, SimulationResult]]:
+    """The named schedules of these problems that respect the cap, and what they cost, the fastest first."""
+    found: list[tuple[Schedule, SimulationResult]] = []
+    ranks, microbatches, max_live = problems[0].placement.ranks, problems[0].microbatches, problems[0].max_live
+    for name in FAMILIES:
+        if found and monotonic() > deadline:
+            break
+        try:
+            schedule = build(name, ranks, microbatches)
+        except ValueError:
+            continue  # the family has no schedule for these numbers
+        if any(schedule.placement == problem.placement for problem in problems):
+            result = simulate(schedule, costs)
+            if max_live is None or max(result.peak_live) <= max_live + 1e-9:
+                found.append((schedule, result))
+    return sorted(found, key=lambda x: x[1].makespan)
+
+
+def _save(report: AutoReport, path: Path) -> None:
+    schedule = report.schedule
+    content = {
+        "makespan": report.makespan,
+        "lower_bound": report.lower_bound,
+        "named": report.named,
+        "named_makespan": None if report.named is None else report.named_makespan,
+        "cut_short": report.cut_short,
+        "placement": {"kind": schedule.placement.kind, "table": schedule.placement.table},
+        "microbatches": schedule.microbatches,
+        "rows": [" ".join(map(str, row)) for row in schedule.rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.replace(path)  # a reader never sees half a file
+
+
+def _load(path: Path) -> AutoReport:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    placement = Placement(tuple(map(tuple, content["placement"]["table"])), content["placement"]["kind"])
+    rows = tuple(tuple(parse(cell) for cell in row.split()) for row in content["rows"])
+    schedule = Schedule("auto", placement, content["microbatches"], rows)
+    check(schedule)
+    named_makespan = float("inf") if content["named"] is None else content["named_makespan"]
+    return AutoReport(
+        schedule, content["makespan"], content["lower_bound"], content["named"], named_makespan, content["cut_short"]
+    )
