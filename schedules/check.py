@@ -162,7 +162,7 @@ def _peak_live(schedule: Schedule, rank: int) -> float:
         if action.kind == "F":
             live += 1
             peak = max(peak, live)
-        elif action.kind in "BW":
+        if action.kind in "BW" or schedule.forward_only:
             live -= 1
     return peak * schedule.placement.share
 
