@@ -76,7 +76,7 @@ class Checkpoints:
         per_rank: state of this rank (RNG): tensors, numbers, text and containers of them. On all ranks or on none.
 
         Raises ValueError for tensors that overlap, leave gaps or disagree, and for state that could not be read again;
-        RuntimeError when writing fails on any rank. Nothing is committed then.
+        RankError when writing fails on any rank. Nothing is committed then.
         """
         ranks, name = self._ranks, f"step-{step:08d}"
         rank_state = ranks.exchange(lambda: per_rank is not None, _all_or_none)

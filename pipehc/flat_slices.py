@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from pipehc.ranks import RankError
+
 
 @dataclass(frozen=True)
 class FlatSlice:
@@ -123,7 +125,7 @@ def write(folder: Path, tensors: Mapping[str, Held], group: dist.ProcessGroup | 
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(planner.flat, storage_writer=dcp.FileSystemWriter(folder), planner=planner, process_group=group)
     except CheckpointException as failure:  # a BaseException: it would pass every `except Exception`
-        raise RuntimeError(f"writing {folder} failed: {_causes(failure)}") from failure
+        raise RankError(f"writing {folder} failed: {_causes(failure)}") from failure
 
 
 def read(folder: Path, tensors: Mapping[str, Held], group: dist.ProcessGroup | None) -> None:
@@ -134,7 +136,7 @@ def read(folder: Path, tensors: Mapping[str, Held], group: dist.ProcessGroup | N
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(planner.flat, storage_reader=dcp.FileSystemReader(folder), planner=planner, process_group=group)
     except CheckpointException as failure:
-        raise RuntimeError(f"reading {folder} failed: {_causes(failure)}") from failure
+        raise RankError(f"reading {folder} failed: {_causes(failure)}") from failure
     planner.copy_back(tensors)
 
 

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 
 from pipehc.display import Display
+from pipehc.run_folder import set_aside
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -28,7 +29,7 @@ class MetricsFile:
         self.best: dict[str, Any] | None = None  # step and val_loss of the best evaluation
         self._last_step: int | None = None
         if start_step == 0:
-            _set_aside(path)
+            set_aside(path)
         kept = [line for line in _read(path) if line["step"] <= start_step]
         for line in kept:
             self._note_best(line)
@@ -168,7 +169,7 @@ def save_config(folder: str | os.PathLike, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.read_text() == text:
         return path
-    _set_aside(path)
+    set_aside(path)
     _replace(path, text)
     return path
 
@@ -184,15 +185,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
-
-
-def _set_aside(path: Path) -> None:
-    if not path.exists() or not path.stat().st_size:
-        return
-    number = 1
-    while (other := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(other)
 
 
 def _replace(path: Path, text: str) -> None:

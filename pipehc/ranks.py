@@ -9,6 +9,10 @@ L = TypeVar("L")
 M = TypeVar("M")
 
 
+class RankError(RuntimeError):
+    """A step of all ranks failed on one of them; the message says on which, and why."""
+
+
 class Ranks:
     """The processes of one group (default: the default group), or this process alone where no group is initialised.
 
@@ -29,7 +33,7 @@ class Ranks:
     def exchange(self, local: Callable[[], L], main: Callable[[list[L]], M]) -> M:
         """Run `local` on every rank, then `main` on rank 0 over the results in rank order; return its result on every rank.
 
-        An exception on any rank is raised on all of them, as ValueError where it was one, else as RuntimeError; its message
+        An exception on any rank is raised on all of them, as ValueError where it was one, else as RankError; its message
         names the rank if there are several.
         """
         mine: tuple[L | None, Exception | None]
@@ -77,4 +81,4 @@ def _portable(error: Exception, rank: int, size: int) -> Exception:
     where = f"rank {rank}: " if size > 1 else ""
     if isinstance(error, ValueError):
         return ValueError(f"{where}{error}")
-    return RuntimeError(f"{where}{type(error).__name__}: {error}")
+    return RankError(f"{where}{type(error).__name__}: {error}")

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -27,12 +28,15 @@ from pipehc.checkpoint import Checkpoints
 from pipehc.comm.messages import PeerError
 from pipehc.config import Config, ConfigError, add_config_arguments, check_data, check_world_size, run_with_config, to_yaml
 from pipehc.data import Sampler, Splits, open_splits
-from pipehc.metrics import Reporter, save_config
+from pipehc.metrics import METRICS, Reporter, save_config
 from pipehc.once import say_once
-from pipehc.ranks import Ranks
+from pipehc.ranks import RankError, Ranks
+from pipehc.run_folder import RunFolder, set_aside
 
 if TYPE_CHECKING:
     from pipehc.trainer import Trainer
+
+_SHOW_CURSOR = b"\x1b[?25h\n"  # the progress bar hides it, and nobody else shows it again when a signal ends the process
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Progress:
     def stop(self, signum: int, _: FrameType | None) -> None:
         """Handles SIGTERM and SIGINT: torchrun sends one to every other process when one is gone."""
         name = signal.Signals(signum).name
+        if sys.stdout.isatty():
+            os.write(sys.stdout.fileno(), _SHOW_CURSOR)
         say_once(f"pipehc: rank {os.environ['RANK']} stopped by {name} {self.doing}: another process ended, or the job was", "end")
         os._exit(128 + signum)
 
@@ -91,21 +97,32 @@ def _quiet_libraries() -> None:
 def train(config: Config, progress: Progress) -> None:
     """The training loop of one process."""
     # Megatron takes seconds to import: a wrong configuration should not have to wait for it.
-    from pipehc.trainer import Trainer
+    from pipehc.trainer import Trainer, TrainingError
 
-    ranks, folder, train = Ranks(), Path(config.run.folder), config.train
+    launcher = _launcher()
+    ranks, train = Ranks(), config.train
+    try:
+        run_folder = RunFolder(Path(config.run.folder), ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    folder = run_folder.path
     splits = _open_data(config, folder, ranks)
     progress.doing = "while building the model"
     trainer = Trainer(config)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, layout=_layout(config))
     progress.doing = "while loading a checkpoint"
-    start = _resume(config, trainer, checkpoints, splits)
+    start, source = _resume(config, trainer, checkpoints, splits)
+    other_run = source is None or checkpoints.folder.resolve() not in source.resolve().parents
+    if config.checkpoint.resume != "auto" and other_run:
+        # What an earlier run left here must not be pruned as old checkpoints of this one.
+        for path in (checkpoints.folder, folder / METRICS):
+            ranks.on_main(partial(set_aside, path))
     if ranks.is_main:
         save_config(folder, to_yaml(config))
     sampler = Sampler(len(splits.train), train.seed)
 
     with Reporter(folder, train.steps, start, config.run.tensorboard, ranks.is_main) as reporter:
-        reporter.say(_greeting(config, splits, start, dist.get_world_size()))
+        reporter.say(_greeting(config, splits, start, source, dist.get_world_size()))
 
         def evaluate(step: int) -> None:
             progress.doing = f"in the evaluation after step {step}"
@@ -116,6 +133,8 @@ def train(config: Config, progress: Progress) -> None:
             evaluate(0)
         for step in range(start + 1, train.steps + 1):
             progress.doing = f"in step {step}"
+            if _launcher() != launcher:
+                raise TrainingError("torchrun is gone, and with it whoever could stop or restart this training")
             began = time.perf_counter()
             result = trainer.step(step, splits.train, sampler)
             tokens_per_s = train.global_batch * train.sequence_length / (time.perf_counter() - began)
@@ -133,12 +152,17 @@ def train(config: Config, progress: Progress) -> None:
         reporter.finish()
 
 
+def _launcher() -> int | None:
+    """The process number of the torchrun that started this process, if one did. Killed, it cannot end its processes."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 def _is_due(step: int, interval: int, steps: int) -> bool:
     """Every `interval` steps (0: never) and after the last step."""
     return interval > 0 and (step % interval == 0 or step == steps)
 
 
-def _greeting(config: Config, splits: Splits, start: int, world: int) -> str:
+def _greeting(config: Config, splits: Splits, start: int, source: Path | None, world: int) -> str:
     """What is trained, on what, from where."""
     info, residual = splits.info, config.residual
     streams = f"{residual.kind} over {residual.streams} streams" if residual.kind != "none" else "plain residual"
@@ -148,8 +172,8 @@ def _greeting(config: Config, splits: Splits, start: int, world: int) -> str:
         f"{info.documents:,} documents, {info.train_samples:,} training and {info.validation_samples:,} validation samples "
         f"({info.tokenizer})",
     ]
-    if start:
-        lines.append(f"going on after step {start} of {config.train.steps}, from the checkpoint in {config.run.folder}")
+    if source:
+        lines.append(f"going on after step {start} of {config.train.steps}, from {source}")
     if start >= config.train.steps:
         lines.append("nothing left to train: raise train.steps, or start anew with checkpoint.resume=never or another run.folder")
     return "\n".join(lines)
@@ -188,12 +212,12 @@ def _open_data(config: Config, folder: Path, ranks: Ranks) -> Splits:
     return opened[0]
 
 
-def _resume(config: Config, trainer: Trainer, checkpoints: Checkpoints, splits: Splits) -> int:
-    """Loads the checkpoint that the configuration asks for, if there is one. Returns the number of steps done."""
+def _resume(config: Config, trainer: Trainer, checkpoints: Checkpoints, splits: Splits) -> tuple[int, Path | None]:
+    """Loads the checkpoint that the configuration asks for, if there is one. Returns the number of steps done, and its folder."""
     wish = config.checkpoint.resume
     path = None if wish == "never" else checkpoints.newest() if wish == "auto" else Path(wish)
     if path is None:
-        return 0
+        return 0, None
     try:
         restored = checkpoints.load(path, trainer.state())
     except ValueError as error:
@@ -205,7 +229,7 @@ def _resume(config: Config, trainer: Trainer, checkpoints: Checkpoints, splits: 
     trainer.after_load()
     trainer.feedback.load(restored.extra["feedback"])
     trainer.apply_feedback()
-    return restored.step
+    return restored.step, path
 
 
 def _layout(config: Config) -> str:
@@ -214,11 +238,13 @@ def _layout(config: Config) -> str:
 
 
 def _is_end_of_job(error: Exception) -> bool:
-    """Whether the message of `error` says all that a user needs: a peer is gone, or the training cannot go on."""
+    """Whether the message of `error` says all that a user needs: a peer is gone, the disk is full, the training cannot go on."""
     from pipehc.trainer import TrainingError
 
+    if isinstance(error, PeerError | TrainingError | RankError | dist.DistError | OSError):
+        return True
     lost = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "remote worker")
-    return isinstance(error, PeerError | TrainingError | dist.DistError) or any(text in str(error) for text in lost)
+    return any(text in str(error) for text in lost)
 
 
 if __name__ == "__main__":

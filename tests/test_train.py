@@ -138,6 +138,56 @@ def test_a_killed_rank_ends_the_job_and_it_resumes(write, tmp_path, victim):
     assert {line["step"]: line["loss"] for line in first if "loss" in line} == losses(tmp_path / "undisturbed")
 
 
+def test_a_new_start_sets_aside_what_lies_there(write, tmp_path):
+    alone = ["schedule.name=1f1b", "parallel.pp=1", "train.steps=2", "optimizer.decay=[]"]
+    folder = tmp_path / "run"
+    config = write()
+    assert train(config, *alone, processes=1).returncode == 0
+    first = (folder / "metrics.jsonl").read_text()
+    assert train(config, *alone, "train.seed=5", "checkpoint.resume=never", processes=1).returncode == 0
+    assert (folder / "metrics-1.jsonl").read_text() == first
+    assert [path.name for path in (folder / "checkpoints-1").iterdir()] == ["step-00000002"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+
+    # The checkpoints that lie here now are not those of a run that starts from somewhere else either.
+    start = f"checkpoint.resume={folder / 'checkpoints-1' / 'step-00000002'}"
+    result = train(config, *alone, "train.steps=4", start, processes=1)
+    assert result.returncode == 0 and "going on after step 2 of 4" in result.stdout
+    assert (folder / "checkpoints-2" / "step-00000002").is_dir() and (folder / "metrics-2.jsonl").exists()
+    assert list(losses(folder)) == [3, 4]
+
+
+def test_a_full_disk_ends_the_job_with_one_message(write, tmp_path):
+    """A limit on the size of files stands for it: metrics fit, a checkpoint does not."""
+    limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command(write())]
+    result = subprocess.run(limited, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
+    errors = our_part(result.stderr)
+    assert result.returncode != 0
+    assert errors.count("pipehc: rank") == 1 and "saving the checkpoint of step 2" in errors and "too large" in errors, errors
+    assert "Traceback" not in errors, errors
+    assert list(losses(tmp_path / "run")) == [1, 2]
+
+
+def test_ranks_end_when_torchrun_is_killed(write, tmp_path):
+    """Nobody could stop them any more, and the job started again would write into the same folder."""
+    config = write(train={**TINY["train"], "steps": 100000}, checkpoint={"interval": 0}, evaluation={"interval": 0})
+    job = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 3:
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.05)
+    ranks = psutil.Process(job.pid).children(recursive=True)
+    second = train(config, "schedule.name=1f1b", "parallel.pp=1", processes=1)
+    job.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    for process in alive:
+        process.kill()
+    assert not alive
+    errors = job.communicate()[1]
+    assert errors.count("pipehc: rank") == 1 and "torchrun is gone" in errors, errors
+    assert second.returncode == 2 and "another training runs there" in second.stderr, second.stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
