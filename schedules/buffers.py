@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from pipehc.schedules.order import Clock, Order, incoming
+from pipehc.schedules.order import Clock, Order, incoming, join
 from pipehc.schedules.program import Edge, Instruction, Message, Post, Run, Send
 from pipehc.schedules.schedule import Schedule
 
@@ -59,14 +59,14 @@ def add_events(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> tup
     numbers: dict[int, int] = {}  # instruction -> its event
     after: dict[int, tuple[int, ...]] = {}
     for index, instruction in enumerate(row):
-        clocks: list[Clock] = []
-        sources = sorted({source for source, _ in order.races(instruction)}, reverse=True)
-        for source in sources:
-            # The latest come first: an earlier one may be known to have ended by then.
-            if source == sources[0] or any(at == source for at, _ in order.races(instruction, clocks)):
-                clocks.append(ends[source])
-                after[index] = (*after.get(index, ()), numbers.setdefault(source, len(numbers)))
-        ends.append(order.visit(index, instruction, clocks))
+        end, races = order.visit(index, instruction)
+        known: Clock | None = None
+        for use in sorted({use for use, _ in races}, reverse=True):
+            # The latest come first: after them, an earlier one may be known to have ended.
+            if known is None or known[use.queue] <= use.number:
+                known = ends[use.instruction] if known is None else join(known, ends[use.instruction])
+                after[index] = (*after.get(index, ()), numbers.setdefault(use.instruction, len(numbers)))
+        ends.append(end if known is None else order.delay(known))
     return tuple(_with_events(instruction, after.get(i, ()), numbers.get(i)) for i, instruction in enumerate(row))
 
 

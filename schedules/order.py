@@ -41,7 +41,9 @@ class Piece(NamedTuple):
     writes: tuple[Location, ...]
 
 
-class _Use(NamedTuple):
+class Use(NamedTuple):
+    """A piece of work that touched something."""
+
     instruction: int
     queue: int
     number: int  # of the piece on its queue
@@ -88,64 +90,70 @@ class Order:
         self._now: list[Clock] = [[0] * size for _ in range(size)]  # what each queue knows when its next piece starts
         self._ended: list[Clock] = [[0] * size for _ in range(size)]  # of edge queues: what is known when the last piece has ended
         self._count = [0] * size
-        self._written: dict[Location, _Use] = {}
-        self._read: dict[Location, list[_Use]] = {}
+        self._written: dict[Location, Use] = {}
+        self._read: dict[Location, list[Use]] = {}
         self._posted: dict[Message, Clock] = {}
-        self._last: tuple[Instruction | None, list[Piece]] = None, []
+        self._last: tuple[Instruction | None, list[Piece]] = None, []  # instruction visited last
 
-    def visit(self, index: int, instruction: Instruction, after: Sequence[Clock] = ()) -> Clock:
-        """Takes in the next instruction, which starts after the given clocks; returns the clock at its end."""
+    def visit(self, index: int, instruction: Instruction, after: Sequence[Clock] = ()) -> tuple[Clock, list[tuple[Use, Location]]]:
+        """Takes in the next instruction, which starts after the given clocks.
+
+        Returns the clock at its end, and the races: earlier uses of what it touches that may still be going on.
+        """
+        races: list[tuple[Use, Location]] = []
         if isinstance(instruction, Wait):
             queue = _QUEUES[instruction.queue]
             if (arrived := self._posted.get(instruction.message)) is not None:
-                self._now[queue] = _join(self._now[queue], arrived)
-            return self._now[queue]
+                self._now[queue] = join(self._now[queue], arrived)
+            return self._now[queue], races
+        self._last = instruction, self.pieces(instruction)
+        written, read = self._written, self._read
         end: Clock | None = None
-        for piece in self.pieces(instruction):
-            queue = piece.queue
+        for queue, reads, writes in self._last[1]:
             start = self._now[queue]
             for clock in after if end is None else (end,):
-                start = _join(start, clock)
-            use = _Use(index, queue, self._count[queue])
-            self._count[queue] += 1
+                start = join(start, clock)
+            number = self._count[queue]
+            self._count[queue] = number + 1
+            use = Use(index, queue, number)
+            for location in reads:
+                before = written.get(location)
+                if before is not None and start[before.queue] <= before.number:
+                    races.append((before, location))
+                read.setdefault(location, []).append(use)
+            for location in writes:
+                before = written.get(location)
+                if before is not None and start[before.queue] <= before.number:
+                    races.append((before, location))
+                for before in read.pop(location, ()):
+                    if before.instruction != index and start[before.queue] <= before.number:
+                        races.append((before, location))
+                written[location] = use
             end = start.copy()
-            end[queue] = self._count[queue]
+            end[queue] = number + 1
             if queue > HIGH:
                 self._now[queue] = start
-                end = self._ended[queue] = _join(end, self._ended[queue])
+                end = self._ended[queue] = join(end, self._ended[queue])
             else:
                 self._now[queue] = end
-            for location in piece.reads:
-                self._read.setdefault(location, []).append(use)
-            for location in piece.writes:
-                self._written[location] = use
-                self._read.pop(location, None)
         assert end is not None
         key = self._result(instruction.action) if isinstance(instruction, Run) else instruction.message[:4]
         if key in self._buffers:
             self._content[self._buffers[key]] = key
         if isinstance(instruction, Post):
             self._posted[instruction.message] = end
-        return end
+        return end, races
 
-    def races(self, instruction: Instruction, after: Sequence[Clock] = ()) -> Iterator[tuple[int, Location]]:
-        """Earlier instructions that touch what `instruction` is about to touch, and may still run; to be asked before `visit`."""
-        if isinstance(instruction, Wait):
-            return
-        known: Clock | None = None
-        for piece in self.pieces(instruction):
-            start = self._now[piece.queue]
-            for clock in after if known is None else (known,):
-                start = _join(start, clock)
-            known = start
-            for location in (*piece.reads, *piece.writes):
-                use = self._written.get(location)
-                if use is not None and start[use.queue] <= use.number:
-                    yield use.instruction, location
-            for location in piece.writes:
-                for use in self._read.get(location, ()):
-                    if start[use.queue] <= use.number:
-                        yield use.instruction, location
+    def delay(self, clock: Clock) -> Clock:
+        """The instruction visited last starts after `clock` too. Returns the clock at its end."""
+        instruction, pieces = self._last
+        for queue, *_ in pieces:
+            self._now[queue] = end = join(self._now[queue], clock)
+            if queue > HIGH:
+                end = self._ended[queue] = join(self._ended[queue], clock)
+        if isinstance(instruction, Post):
+            self._posted[instruction.message] = end
+        return end
 
     def misread(self, instruction: Instruction) -> Iterator[tuple]:
         """What `instruction` would take from a buffer that holds something else: (kind, lane, stage, micro-batch) of messages."""
@@ -159,11 +167,6 @@ class Order:
 
     def pieces(self, instruction: Post | Send | Run) -> list[Piece]:
         """The work of an instruction, in order; pieces of one action wait for each other."""
-        if self._last[0] is not instruction:
-            self._last = instruction, self._pieces(instruction)
-        return self._last[1]
-
-    def _pieces(self, instruction: Post | Send | Run) -> list[Piece]:
         if isinstance(instruction, Run):
             return self._run(instruction)
         message = instruction.message
@@ -216,5 +219,6 @@ class Order:
         return ("gradient", lane, stage - 1, microbatch) if kind in "BI" and stage else None
 
 
-def _join(a: Clock, b: Clock) -> Clock:
+def join(a: Clock, b: Clock) -> Clock:
+    """What is known if both are."""
     return [x if x > y else y for x, y in zip(a, b)]

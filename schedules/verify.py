@@ -116,13 +116,13 @@ def _check_order(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> N
                 if event not in recorded:
                     raise ProgramError(f"rank {rank}, instruction {index}: nothing before it records event {event}")
                 after.append(recorded[event])
-        for source, location in order.races(instruction, after):
-            what = " ".join(map(str, location))
-            raise ProgramError(f"rank {rank}: instructions {source} and {index} may touch '{what}' at the same time")
         for kind, lane, stage, microbatch in order.misread(instruction):
             what = f"{kind} for stage {stage}@{lane}, micro-batch {microbatch}"
             raise ProgramError(f"rank {rank}, instruction {index}: its buffer does not hold the {what}")
-        end = order.visit(index, instruction, after)
+        end, races = order.visit(index, instruction, after)
+        for use, location in races:
+            what = " ".join(map(str, location))
+            raise ProgramError(f"rank {rank}: instructions {use.instruction} and {index} may touch '{what}' at the same time")
         if isinstance(instruction, (Run, Send)) and instruction.event is not None:
             if instruction.event in recorded:
                 raise ProgramError(f"rank {rank}, instruction {index}: event {instruction.event} is recorded twice")
