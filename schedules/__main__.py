@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipehc.schedules.auto import auto_report
 from pipehc.schedules.check import ScheduleError
 from pipehc.schedules.compile import compile
 from pipehc.schedules.costs import Costs
@@ -19,6 +20,7 @@ _TIMES = {
     "b": ("input gradient (a full backward is b + w)", 1.0),
     "w": ("weight gradient", 1.0),
     "r": ("recompute; if it is not 0, every backward has one", 0.0),
+    "high": ("part of f and of b on the high-priority queue; if it is not 0, the program uses that queue", 0.0),
     "pair": ("an overlapped forward and full backward, together (default f + b + w)", None),
     "link": ("time a message holds its directed link", 0.0),
     "latency": ("added after it", 0.0),
@@ -42,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     show = parser.add_subparsers(required=True, metavar="show").add_parser(
         "show", help="draw a schedule in the terminal, or to files"
     )
-    show.add_argument("name", metavar="NAME", help=f"{', '.join(FAMILIES)}, or a CSV file (ours or torch's)")
+    show.add_argument("name", metavar="NAME", help=f"{', '.join(FAMILIES)}, auto (a search), or a CSV file")
     show.add_argument("--ranks", type=int, metavar="P", help="pipeline ranks (not for a CSV file)")
     show.add_argument("--microbatches", type=int, metavar="M", help="micro-batches of one step, both directions together")
     show.add_argument("--chunks", type=int, metavar="V", help="stages per rank, for interleaved")
@@ -51,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     times = show.add_argument_group("costs", "times of 1/P of the model for one micro-batch, in any unit")
     for name, (text, default) in _TIMES.items():
         times.add_argument(f"--{name}", type=float, default=default, help=text)
+    search = show.add_argument_group("auto")
+    search.add_argument("--max-live", type=float, metavar="N", help="activations of 1/P of the model that fit on a rank")
+    search.add_argument("--placements", default="linear,v,bidirectional", help="where stages may lie (default: %(default)s)")
+    search.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds (default: %(default)g)")
+    search.add_argument("--seed", type=int, default=0)
     files = show.add_argument_group("files", "written instead of the grid in the terminal; several may be given")
     for name in ("csv", "svg", "png", "html"):
         files.add_argument(f"--{name}", metavar="FILE")
@@ -61,14 +68,14 @@ def _parser() -> argparse.ArgumentParser:
 def _show(options: argparse.Namespace) -> None:
     costs = Costs(**{name: getattr(options, name) for name in _TIMES})
     names = [options.name] + ([options.compare] if options.compare else [])
-    schedules = [_schedule(name, options) for name in names]
+    schedules = [_schedule(name, options, costs) for name in names]
     if options.csv:
         if len(schedules) > 1:
             raise ValueError("--csv holds one schedule: leave out --compare")
         schedules[0].to_csv(options.csv)
     if options.csv and not (options.svg or options.png or options.html or options.trace):
         return
-    timelines = [simulated(compile(schedule, recompute=costs.r > 0), costs) for schedule in schedules]
+    timelines = [simulated(compile(schedule, recompute=costs.r > 0, high=costs.high > 0), costs) for schedule in schedules]
     if not _write(timelines, options):
         from rich.console import Console
 
@@ -78,12 +85,21 @@ def _show(options: argparse.Namespace) -> None:
         show(timelines, Console() if sys.stdout.isatty() else Console(width=160))
 
 
-def _schedule(name: str, options: argparse.Namespace) -> Schedule:
+def _schedule(name: str, options: argparse.Namespace, costs: Costs) -> Schedule:
     if name.endswith(".csv"):
         return Schedule.from_csv(name)
     missing = [f"--{key}" for key in ("ranks", "microbatches") if getattr(options, key) is None]
-    if missing and name in FAMILIES:
+    if missing and (name in FAMILIES or name == "auto"):
         raise ValueError(f"{name}: needs {' and '.join(missing)}")
+    if name == "auto":
+        if options.forward:
+            raise ValueError("auto: searches training steps; for --forward name a family")
+        places = tuple(options.placements.split(","))
+        sizes = options.ranks, options.microbatches
+        found = auto_report(*sizes, costs, options.max_live, places, options.time_limit, options.seed)
+        best = "" if found.named is None else f"; best named schedule {found.named}: {found.named_makespan:g}"
+        print(f"auto: step {found.makespan:g}, proven lower bound {found.lower_bound:g}{best}", file=sys.stderr)
+        return found.schedule
     # In a comparison, chunks are meant for the one schedule that takes them.
     chunks = None if options.compare and name in FAMILIES and FAMILIES[name].chunks is None else options.chunks
     return build(name, options.ranks or 1, options.microbatches or 1, chunks=chunks, forward=options.forward)

@@ -44,6 +44,20 @@ def test_costs_reach_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:
     assert steps[0] < steps[1] < steps[2] and steps[3] > steps[0] + 11 and steps[4] > steps[0]
 
 
+def test_a_search_is_shown_with_its_proof(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["show", "auto", *SMALL, "--placements", "linear", "--max-live", "2", "--time-limit", "1", "--compare", "1f1b"]) == 0
+    )
+    captured = capsys.readouterr()
+    assert re.match(r"auto: step [\d.]+, proven lower bound [\d.]+; best named schedule \w+: [\d.]+\n", captured.err)
+    assert captured.out.count("2 ranks, 6 micro-batches, step ") == 2
+
+
+def test_the_high_priority_queue_is_simulated_if_it_has_work(tmp_path: Path) -> None:
+    assert main(["show", "dualpipe", *SMALL, "--f", "4", "--b", "4", "--high", "1", "--svg", str(tmp_path / "s.svg")]) == 0
+    assert ", high: " in (tmp_path / "s.svg").read_text()
+
+
 def test_comparison_shows_both_on_one_scale(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "interleaved", "--ranks", "2", "--microbatches", "4", "--chunks", "3", "--compare", "1f1b"]) == 0
     out = capsys.readouterr().out

@@ -105,13 +105,16 @@ def recorded(spans: Iterable[Span], title: str, unit: str = "ms") -> Timeline:
     ranks = 1 + max(span.rank for span in spans)
     arrivals = {(s.rank, *_message(s)): s for s in spans if s.queue == "recv"}
     busy, exposed, hidden = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
-    for span in spans:
-        if span.queue == "compute":
-            busy[span.rank] += span.end - span.start
-        elif span.queue == "wait" and (transfer := arrivals.get((span.rank, *_message(span)))):
-            exposed[span.rank] += max(0.0, min(span.end, transfer.end) - max(span.start, transfer.start))
-        if span.kind == "R" and (transfer := arrivals.get((span.rank, "gradient", *span[6:9]))):
-            hidden[span.rank] += max(0.0, min(span.end, transfer.end) - span.start)
+    until = [0.0] * ranks  # both compute queues together are busy up to here
+    for span in sorted(spans, key=lambda span: span.start):
+        rank = span.rank
+        if span.queue in ("compute", "high"):
+            busy[rank] += max(0.0, span.end - max(until[rank], span.start))
+            until[rank] = max(until[rank], span.end)
+        elif span.queue == "wait" and (transfer := arrivals.get((rank, *_message(span)))):
+            exposed[rank] += max(0.0, min(span.end, transfer.end) - max(span.start, transfer.start))
+        if span.kind == "R" and (transfer := arrivals.get((rank, "gradient", *_message(span)[1:]))):
+            hidden[rank] += max(0.0, min(span.end, transfer.end) - span.start)
     summaries = tuple(Summary(b, e, end - b - e, h) for b, e, h in zip(busy, exposed, hidden))
     return Timeline(title, spans, summaries, unit)
 
