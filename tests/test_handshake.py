@@ -1,0 +1,84 @@
+"""What neighbours compare before the first step, over real processes, and what is warned about."""
+
+import pytest
+import torch
+
+from pipehc.comm.groups import edge_groups
+from pipehc.comm.handshake import compare_neighbours, connect, digest, overlap_warnings
+from pipehc.schedules import build, compile
+from processes import run_ranks
+
+
+def edges(ranks, name="1f1b"):
+    return compile(build(name, ranks, 2 * ranks)).edges()
+
+
+def compare(rank, facts):
+    groups = edge_groups([list(range(4))], edges(4))
+    try:
+        compare_neighbours(facts[rank], groups)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_mismatch_names_both_ranks_and_both_values_on_every_rank():
+    same = {"shape": (128, 4, 512), "dtype": torch.float32, "schedule": digest(["0F0", "0B0"])}
+    assert run_ranks(compare, 4, [same] * 4) == [None] * 4
+
+    messages = run_ranks(compare, 4, [same, same, {**same, "shape": (128, 4, 256), "dtype": torch.bfloat16}, same])
+    assert len(set(messages)) == 1  # also ranks 0 and 3, whose values are right
+    for part in (
+        "shape: rank 1 has (128, 4, 512), its neighbour rank 2 has (128, 4, 256)",
+        "shape: rank 2 has (128, 4, 256), its neighbour rank 3 has (128, 4, 512)",
+        "dtype: rank 1 has torch.float32, its neighbour rank 2 has torch.bfloat16",
+    ):
+        assert part in messages[0]
+    assert "rank 0 has" not in messages[0]  # not a neighbour of rank 2
+
+
+def test_a_missing_fact_is_a_mismatch():
+    messages = run_ranks(compare, 4, [{"dtype": 1}, {}, {}, {}])
+    assert "dtype: rank 0 has 1, its neighbour rank 1 has nothing" in messages[2]
+
+
+def two_pipelines(rank):
+    """Positions 0 and 1 of two pipelines are ranks 0, 2 and 1, 3: only neighbours within a pipeline are compared."""
+    groups = edge_groups([[0, 2], [1, 3]], edges(2))
+    connect(groups)
+    compare_neighbours({"data": rank % 2}, groups)
+    with pytest.raises(ValueError, match="rank 0 has 0, its neighbour rank 2 has 1"):
+        compare_neighbours({"data": rank // 2}, groups)
+
+
+def test_pipelines_are_compared_apart():
+    run_ranks(two_pipelines, 4)
+
+
+def test_connects_two_ranks_that_are_neighbours_both_ways():
+    run_ranks(lambda rank: connect(edge_groups([[0, 1]], edges(2, "dualpipe"))), 2)
+
+
+def test_digest_tells_programs_apart():
+    one, other = (compile(build("dualpipe", 4, 8), ahead=ahead).instructions for ahead in (1, 2))
+    assert digest(one) == digest(compile(build("dualpipe", 4, 8), ahead=1).instructions) != digest(other)
+    assert len(digest(one)) == 16
+
+
+@pytest.mark.parametrize(
+    ("environment", "on_gpu", "expected"),
+    [
+        ({}, True, []),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "8", "CUDA_LAUNCH_BLOCKING": "0"}, True, []),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, True, ["CUDA_DEVICE_MAX_CONNECTIONS=1"]),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, False, ["CUDA_DEVICE_MAX_CONNECTIONS=1"]),
+        ({"TORCH_DISTRIBUTED_DEBUG": "detail", "CUDA_LAUNCH_BLOCKING": "1"}, True, ["CUDA_LAUNCH", "TORCH_DISTRIBUTED_DEBUG"]),
+        ({"OMP_NUM_THREADS": "4"}, False, ["OMP_NUM_THREADS=4"]),
+        ({"OMP_NUM_THREADS": "4"}, True, []),
+        ({"OMP_NUM_THREADS": "1"}, False, []),
+    ],
+)
+def test_warns_of_what_defeats_overlap(environment, on_gpu, expected):
+    found = overlap_warnings(environment, ranks_here=4, cores=2, on_gpu=on_gpu)
+    assert [text.startswith(start) for text, start in zip(found, expected)] == [True] * len(found)
+    assert len(found) == len(expected)
