@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -32,6 +33,7 @@ class _Pending(NamedTuple):
     work: dist.Work
     tensor: torch.Tensor
     since: float
+    peer: int  # rank of the world
 
 
 class Mailbox:
@@ -49,12 +51,14 @@ class Mailbox:
         device: torch.device | str = "cpu",
         timeout_s: float = 120.0,
     ) -> None:
+        self._peers = {edge: _peer(group) for edge, group in groups.items()}
         self._groups, self._shape, self._dtype, self._device = groups, shape, dtype, device
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._received: dict[tuple, _Pending] = {}
         self._sent: list[tuple[tuple, _Pending]] = []
         self.waiting: Waiting | None = None
         self.tracker: Tracker | None = None
+        self._on_device: deque[tuple[str, dist.Work]] = deque(maxlen=64)
 
     def post(self, message: tuple, edge: Edge) -> None:
         """Posts the receive of `message` on `edge`. Posts of an edge must have the order of the peer's sends."""
@@ -63,7 +67,7 @@ class Mailbox:
             work = dist.irecv(tensor, group=self._groups[edge], group_src=_position(edge, edge[0]))
         except RuntimeError as error:
             raise PeerError(f"cannot receive the {message}: {_first_line(error)}") from error
-        self._received[message] = self._pending(message, "recv", work, tensor)
+        self._received[message] = self._pending(message, "recv", work, tensor, edge)
 
     def wait(self, message: tuple) -> torch.Tensor:
         """The tensor of a posted message, once it has arrived; on CUDA the current stream waits, the host does not."""
@@ -83,7 +87,7 @@ class Mailbox:
             work = dist.isend(tensor, group=self._groups[edge], group_dst=_position(edge, edge[1]))
         except RuntimeError as error:
             raise PeerError(f"cannot send the {message}: {_first_line(error)}") from error
-        self._sent.append((message, self._pending(message, "send", work, tensor)))
+        self._sent.append((message, self._pending(message, "send", work, tensor, edge)))
 
     def drain(self) -> None:
         """Waits until every send is done. At the end of a step, when every peer has posted all it will."""
@@ -92,26 +96,44 @@ class Mailbox:
         self._sent.clear()
         assert not self._received, f"posted but never used: {list(self._received)}"
 
-    def _pending(self, message: tuple, kind: Literal["send", "recv"], work: dist.Work | None, tensor: torch.Tensor) -> _Pending:
+    def unfinished(self) -> list[str]:
+        """Messages that a CUDA stream still waits for, though the host went on; of the last 64. For reports, from any thread."""
+        return [doing for doing, work in list(self._on_device) if not work.is_completed()]
+
+    def _pending(
+        self, message: tuple, kind: Literal["send", "recv"], work: dist.Work | None, tensor: torch.Tensor, edge: Edge
+    ) -> _Pending:
         assert work is not None
-        return _Pending(work if self.tracker is None else self.tracker(message, kind, work), tensor, time.monotonic())
+        if self.tracker is not None:
+            work = self.tracker(message, kind, work)
+        return _Pending(work, tensor, time.monotonic(), self._peers[edge])
 
     def _finish(self, pending: _Pending, doing: str) -> None:
-        self.waiting = Waiting(f"{doing}, {_bytes(pending.tensor)}", time.monotonic())
+        doing = f"{doing} (process {pending.peer}, {_bytes(pending.tensor)})"
+        self.waiting = Waiting(doing, time.monotonic())
         try:
             # CUDA: wait() with a limit would block the host; there the limit is the process group's own.
-            done = pending.work.wait() if pending.tensor.is_cuda else pending.work.wait(self._timeout)
+            if pending.tensor.is_cuda:
+                done = pending.work.wait()
+                self._on_device.append((self.waiting.what, pending.work))
+            else:
+                done = pending.work.wait(self._timeout)
         except RuntimeError as error:
             waited = time.monotonic() - pending.since
-            raise PeerError(f"{doing} failed after {waited:.1f} s, {_bytes(pending.tensor)}: {_first_line(error)}") from error
+            raise PeerError(f"{doing} failed after {waited:.1f} s: {_first_line(error)}") from error
         if done is False:
-            raise PeerError(f"{doing} took longer than {self._timeout.total_seconds():.0f} s, {_bytes(pending.tensor)}")
+            raise PeerError(f"{doing} took longer than {self._timeout.total_seconds():.0f} s")
         self.waiting = None
 
 
 def _position(edge: Edge, rank: int) -> int:
     """Position in the edge's group, whose ranks torch has sorted (pipeline position order = global order)."""
     return sorted(edge).index(rank)
+
+
+def _peer(group: dist.ProcessGroup) -> int:
+    """The other rank of the world in a group of two."""
+    return next(rank for rank in dist.get_process_group_ranks(group) if rank != dist.get_rank())
 
 
 def _bytes(tensor: torch.Tensor) -> str:
