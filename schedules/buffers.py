@@ -61,7 +61,7 @@ def add_events(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> tup
     for index, instruction in enumerate(row):
         end, races = order.visit(index, instruction)
         known: Clock | None = None
-        for use in sorted({use for use, _ in races}, reverse=True):
+        for use in sorted({use for use, _ in races if use is not None}, reverse=True):
             # The latest come first: after them, an earlier one may be known to have ended.
             if known is None or known[use.queue] <= use.number:
                 known = ends[use.instruction] if known is None else join(known, ends[use.instruction])

@@ -95,12 +95,15 @@ class Order:
         self._posted: dict[Message, Clock] = {}
         self._last: tuple[Instruction | None, list[Piece]] = None, []  # instruction visited last
 
-    def visit(self, index: int, instruction: Instruction, after: Sequence[Clock] = ()) -> tuple[Clock, list[tuple[Use, Location]]]:
+    def visit(
+        self, index: int, instruction: Instruction, after: Sequence[Clock] = ()
+    ) -> tuple[Clock, list[tuple[Use | None, Location]]]:
         """Takes in the next instruction, which starts after the given clocks.
 
-        Returns the clock at its end, and the races: earlier uses of what it touches that may still be going on.
+        Returns the clock at its end, and the races: earlier uses of what it touches that may still be going on, or None for
+        something that it reads and nothing wrote.
         """
-        races: list[tuple[Use, Location]] = []
+        races: list[tuple[Use | None, Location]] = []
         if isinstance(instruction, Wait):
             queue = _QUEUES[instruction.queue]
             if (arrived := self._posted.get(instruction.message)) is not None:
@@ -118,16 +121,16 @@ class Order:
             use = Use(index, queue, number)
             for location in reads:
                 before = written.get(location)
-                if before is not None and start[before.queue] <= before.number:
+                if before is None or start[before.queue] <= before.number:
                     races.append((before, location))
                 read.setdefault(location, []).append(use)
             for location in writes:
                 before = written.get(location)
                 if before is not None and start[before.queue] <= before.number:
                     races.append((before, location))
-                for before in read.pop(location, ()):
-                    if before.instruction != index and start[before.queue] <= before.number:
-                        races.append((before, location))
+                for reader in read.pop(location, ()):
+                    if reader.instruction != index and start[reader.queue] <= reader.number:
+                        races.append((reader, location))
                 written[location] = use
             end = start.copy()
             end[queue] = number + 1

@@ -122,6 +122,8 @@ def _check_order(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> N
         end, races = order.visit(index, instruction, after)
         for use, location in races:
             what = " ".join(map(str, location))
+            if use is None:
+                raise ProgramError(f"rank {rank}, instruction {index}: reads '{what}' before anything wrote it")
             raise ProgramError(f"rank {rank}: instructions {use.instruction} and {index} may touch '{what}' at the same time")
         if isinstance(instruction, (Run, Send)) and instruction.event is not None:
             if instruction.event in recorded:

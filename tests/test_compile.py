@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from pipehc.schedules import FAMILIES, Program, ScheduleError, build, check, compile
+from pipehc.schedules import FAMILIES, Costs, Program, ScheduleError, build, check, compile, simulate
 from pipehc.schedules.actions import Action, Pair, flatten
 from pipehc.schedules.program import Instruction, Post, Run, Send, Wait
 
@@ -147,6 +148,23 @@ def test_receive_buffers_are_bounded_by_what_is_in_flight_not_by_the_number_of_m
             assert slots <= limit + (limit if _carries_both(program, source, target) else 0)
             assert slots <= 30 or name == "gpipe"
         assert all(slots <= 4 for slots in program.send_slots().values()) or name == "gpipe"
+
+
+@pytest.mark.parametrize("link", [0.0, 15.0, 30.7, 60.0])
+def test_waiting_for_sends_before_their_buffers_are_used_again_costs_no_time(link: float) -> None:
+    costs = Costs(f=60, b=60, w=60, link=link)
+    waiting = 0
+    for name in FAMILIES:
+        program = compile(build(name, 4, 16))
+        free = []
+        for row in program.instructions:
+            sends = {i.event for i in row if isinstance(i, Send)}
+            waiting += sum(not sends.isdisjoint(i.after) for i in row if isinstance(i, Run))
+            bare = (i._replace(after=tuple(e for e in i.after if e not in sends)) if isinstance(i, Run) else i for i in row)
+            free.append(tuple(bare))
+        without = replace(program, instructions=tuple(free))
+        assert simulate(program, costs).makespan == pytest.approx(simulate(without, costs).makespan)
+    assert waiting > 100
 
 
 def _carries_both(program: Program, source: int, target: int) -> bool:

@@ -9,6 +9,8 @@ import pytest
 
 from pipehc.schedules import FAMILIES, Costs, Schedule, build, check, compile, simulate
 from pipehc.schedules.actions import Action, Cell, Pair, actions_of, flatten
+from pipehc.schedules.families import Family
+from pipehc.schedules.placement import linear
 
 
 def eight_steps(ranks: int, microbatches: int, rank: int) -> list[str]:
@@ -173,3 +175,20 @@ def test_pairs_of_a_rank_overlap_different_microbatches() -> None:
     for name in ("dualpipe", "dualpipev"):
         pairs = [cell for row in build(name, 4, 16).rows for cell in row if isinstance(cell, Pair)]
         assert len(pairs) > 16 and all(pair.forward[1:3] != pair.backward[1:3] for pair in pairs)
+
+
+def test_a_new_family_is_a_placement_and_a_function_that_makes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPipe whose backwards take the last micro-batch first: all that has to be written, and one line in the registry."""
+
+    def rows(ranks: int, microbatches: int) -> tuple[tuple[Cell, ...], ...]:
+        def row(rank: int) -> tuple[Cell, ...]:
+            forwards = [Action("F", rank, m) for m in range(microbatches)]
+            return (*forwards, *(action._replace(kind="B") for action in reversed(forwards)))
+
+        return tuple(row(rank) for rank in range(ranks))
+
+    monkeypatch.setitem(FAMILIES, "last_first", Family(linear, rows))
+    schedule = build("last_first", 3, 5)
+    assert check(schedule).peak_live == (5, 5, 5)
+    assert simulate(compile(schedule, split_backward=False), Costs()).bubble == pytest.approx(2 * 3)
+    assert build("last_first", 3, 5, forward=True).forward_only

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipehc.schedules import Program, ProgramError, build, compile, verify
+from pipehc.schedules.actions import Action
 from pipehc.schedules.program import Instruction, Post, Run, Send, Wait
 
 SMALL: list[tuple[str, int, int, dict[str, Any]]] = [
@@ -76,6 +77,29 @@ def test_an_event_on_the_other_queue_is_needed_when_the_post_residual_leaves_the
     row[at] = row[at]._replace(after=())
     with pytest.raises(ProgramError, match="may touch 'activation 0 2 0' at the same time"):
         verify(edited(program, 1, row))
+
+
+def test_running_an_action_before_what_it_needs_on_its_own_rank_is_found() -> None:
+    """Also where no message is involved: F before I before W, and both stages of a V on the rank where it turns."""
+    moved = 0
+    for program in programs():
+        placement = program.schedule.placement
+        for rank, row in enumerate(program.instructions):
+            places = {x.action: k for k, x in enumerate(row) if isinstance(x, Run)}
+            for action, at in places.items():
+                kind, stage, m, lane = action
+                needed = {"F": [("F", stage - 1)], "W": [("I", stage)]}.get(
+                    kind, [("F", stage), ("I", stage + 1), ("B", stage + 1)]
+                )
+                for other, other_stage in needed if kind != "R" else [("F", stage)]:
+                    before = places.get(Action(other, other_stage, m, lane))  # type: ignore[arg-type]
+                    if before is None or not 0 <= other_stage < placement.stages:
+                        continue
+                    moved += 1
+                    late = [*row[:before], row[at], *row[before:at], *row[at + 1 :]]
+                    with pytest.raises(ProgramError):
+                        verify(edited(program, rank, late))
+    assert moved > 500
 
 
 def test_messages_out_of_order_are_found() -> None:
