@@ -101,6 +101,11 @@ class ScheduleConfig(Section):
     name: Literal["1f1b", "dualpipe", "dualpipev"] = "1f1b"
 
 
+class RecomputeConfig(Section):
+    enabled: bool = False
+    block: Size | None = None  # sub-layers; None: all of a stage
+
+
 class DataConfig(Section):
     kind: Literal["text", "megatron"] = "text"
     paths: Texts = ()
@@ -154,6 +159,7 @@ class Config(Section):
     residual: ResidualConfig
     parallel: ParallelConfig = ParallelConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig
     optimizer: OptimizerConfig

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pipehc.comm.groups import edge_groups
 from pipehc.comm.messages import Mailbox
+from pipehc.comm.queues import make_queues
 from pipehc.config import Config
 from pipehc.data import Sampler, Split, batch
 from pipehc.gain import CompositeGain, GainFeedback
@@ -46,7 +47,9 @@ class Trainer:
         self.config = config
         parallel, train = config.parallel, config.train
         dp = dist.get_world_size() // (parallel.pp * parallel.tp)
-        self.train_program = compile(build(config.schedule.name, parallel.pp, config.microbatches(dp)))
+        self.train_program = compile(
+            build(config.schedule.name, parallel.pp, config.microbatches(dp)), recompute=config.recompute.enabled
+        )
         placement = self.train_program.schedule.placement
         self.groups = build_groups(parallel.pp, parallel.tp, parallel.ep, replicated=placement.lanes == 2)
 
@@ -62,6 +65,8 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.groups, by_stage)
 
         self.device = next(by_stage[0].parameters()).device
+        self._queues = make_queues(self.device)
+        self._chains = {key: model.chain(config.recompute.block) for key, model in self.models.items()}
         replicas = dp * parallel.tp
         pipelines = [[position * replicas + i for position in range(parallel.pp)] for i in range(replicas)]
         shape = (train.sequence_length, train.micro_batch, config.residual.width * config.model.hidden_size)
@@ -141,7 +146,10 @@ class Trainer:
             tokens, labels = batch(split, sampler, at, train.micro_batch)
             return tokens.to(self.device), labels.to(self.device)
 
-        stages = {key: ModelStage(model, microbatch, 1.0 / tokens_in_all) for key, model in self.models.items()}
+        stages = {
+            key: ModelStage(chain, self._queues, microbatch, 1.0 / tokens_in_all, recompute=self.config.recompute.enabled)
+            for key, chain in self._chains.items()
+        }
         execute(program.instructions[self.groups.pp_rank], schedule.placement, stages, self._mailbox)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)

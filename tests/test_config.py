@@ -80,6 +80,8 @@ BROKEN: list[tuple[str, list[str]]] = [
     ("checkpoint.keep=0", ["checkpoint.keep", "0", "greater than 0"]),
     ("evaluation.interval=-5", ["evaluation.interval", "-5", "at least 0"]),
     ("runtime.timeout_s=0", ["runtime.timeout_s", "0", "greater than 0"]),
+    ("recompute.block=0", ["recompute.block", "0", "greater than 0"]),
+    ("recompute.enabled=yes", ["recompute.enabled", "true or false"]),
     ("parallel.blocks_per_stage=[0, 2, 3, 3]", ["parallel.blocks_per_stage[0]", "0", "greater than 0"]),
     # across keys
     ("model.rope_dim=15", ["model.rope_dim", "15", "even"]),

@@ -129,6 +129,23 @@ def test_equals_one_process(tiny, reference, name, pp, ep, kind):
     check_layout(tiny, reference(kind), pp * ep, *layout)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "block"), [("1f1b", "none", 3), ("1f1b", "mhc", "null"), ("dualpipe", "mhc", 3), ("dualpipev", "mhc", "null")]
+)
+def test_recomputation_changes_no_bit(tiny, reference, name, kind, block):
+    """A whole stage at a time, or 3 sub-layers, of which no stage has a multiple."""
+    layout = f"schedule.name={name}", "parallel.pp=2", "parallel.ep=2", f"residual.kind={kind}", f"recompute.block={block}"
+    kept, rebuilt = (
+        run_ranks(one_step, 4, tiny, (*layout, f"recompute.enabled={enabled}"), timeout=240) for enabled in ("false", "true")
+    )
+    for expected, found in zip(kept, rebuilt):
+        assert found[:4] == expected[:4]
+        assert found[4].keys() == expected[4].keys() and expected[4]
+        for gradient, same in zip(found[4].values(), expected[4].values()):
+            assert torch.equal(gradient, same)
+    compare(rebuilt, reference(kind), layout)
+
+
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
 def test_equals_one_process_with_data_parallelism(tiny, reference, name):
     check_layout(tiny, reference("mhc"), 8, f"schedule.name={name}", "parallel.pp=2", "parallel.ep=2", "parallel.dp=4")

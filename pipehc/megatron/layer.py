@@ -1,7 +1,9 @@
 """A transformer block whose attention and FFN each sit inside their own residual connection, cut where the queue changes."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
@@ -9,22 +11,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from pipehc.comm.expert import Splits, start_all_to_all
 from pipehc.hyper_connection import HyperConnection
 from pipehc.megatron.attention import CoreAttention, LatentAttention
-
-Coefficients = torch.Tensor | None
-
-
-class Connection(Protocol):
-    """What joins a sub-layer F to the residual: x_{l+1} = H_res x_l + H_post^T F(H_pre x_l)."""
-
-    def coefficients_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, Coefficients, Coefficients]:
-        """[s, b, n*C] -> the input of F [s, b, C], H_post, H_res."""
-        ...
-
-    def post_res(self, x: torch.Tensor, f: torch.Tensor, h_post: Any, h_res: Any) -> torch.Tensor:
-        """[s, b, n*C] and the output of F [s, b, C] -> [s, b, n*C]."""
-        ...
+from pipehc.norm import rms_norm
+from pipehc.recompute import Exchange, Piece
+from pipehc.sublayers import Coefficients, Connection, Sublayer
 
 
 class PlainConnection(nn.Module):
@@ -35,6 +27,12 @@ class PlainConnection(nn.Module):
 
     def post_res(self, x: torch.Tensor, f: torch.Tensor, h_post: Coefficients, h_res: Coefficients) -> torch.Tensor:
         return x + f
+
+    def post_res_pre(
+        self, x: torch.Tensor, f: torch.Tensor, h_post: Coefficients, h_res: Coefficients, following: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Coefficients, Coefficients]:
+        x = self.post_res(x, f, h_post, h_res)
+        return x, *following.coefficients_pre(x)
 
 
 def build_connection(hidden_size: int, residual: Any) -> Connection:
@@ -53,22 +51,10 @@ def build_connection(hidden_size: int, residual: Any) -> Connection:
     )
 
 
-class AfterAttention(NamedTuple):
-    """What the node `attention` hands on. Dense blocks have no `tokens` and `probs`, the plain residual no coefficients."""
-
-    x: torch.Tensor  # [s, b, n*C], the residual after the attention sub-layer
-    h_post: Coefficients  # of the FFN sub-layer
-    h_res: Coefficients
-    normed: torch.Tensor  # [s, b, C], the normalised input of the FFN
-    tokens: torch.Tensor | None  # [s*b*k, C], sorted by expert
-    probs: torch.Tensor | None  # [s*b*k]
-
-
 class HyperConnectionLayer(TransformerLayer):
-    """One block: attention | dispatch | mlp | combine | mlp_post.
+    """One block of two sub-layers, in the nodes attention | dispatch | mlp | combine | mlp_post; a dense block has no all-to-alls.
 
-    The methods of these names (for `mlp`, a module: `experts` or `dense`) are the nodes of a stage; `forward` chains them.
-    All that autograd needs goes through their arguments and results, so the backward of one micro-batch may run between the nodes
+    All that a backward needs goes through the values of the pieces, so the backward of one micro-batch may run between the pieces
     of another's forward. What must not happen is a second *forward* of the same layer between its `attention` and its `mlp_post`:
     the token dispatcher keeps the routing of the latest one.
     """
@@ -78,53 +64,92 @@ class HyperConnectionLayer(TransformerLayer):
         self.attention_connection = build_connection(config.hidden_size, config.residual)
         self.mlp_connection = build_connection(config.hidden_size, config.residual)
 
-    def attention(self, x: torch.Tensor) -> AfterAttention:
-        """The attention sub-layer, then all that comes before the all-to-all: coefficients, norm, routing, sorting by expert."""
-        h, h_post, h_res = self.attention_connection.coefficients_pre(x)
-        f, _ = self.self_attention(self.input_layernorm(h), attention_mask=None)
-        x = self.attention_connection.post_res(x, f, h_post, h_res)
-        h, h_post, h_res = self.mlp_connection.coefficients_pre(x)
-        normed = self.pre_mlp_layernorm(h)
+    def sublayers(self) -> tuple[Sublayer, Sublayer]:
+        """Attention and FFN, as pieces."""
+        block = self.layer_number - 1
+        node = partial("{}.{}".format, block)
+        attention = Piece("f", self._attention, ("normed",), ("f",), node("attention"))
         if not self.is_moe_layer:
-            return AfterAttention(x, h_post, h_res, normed, None, None)
+            mlp: tuple[Piece, ...] = (Piece("f", self._dense, ("normed",), ("f",), node("mlp")),)
+        else:
+            exchanged = self.mlp.token_dispatcher.ep_size > 1
+            arrived = ("arrived", "probs_arrived") if exchanged else ("tokens", "probs")
+            route = Piece("route", self._route, ("normed",), ("tokens", "probs", "splits"), node("attention"))
+            experts = Piece("experts", self._experts, ("normed", *arrived), ("routed", "shared"), node("mlp"))
+            sum_up = Piece("sum", self._sum, ("returned" if exchanged else "routed", "shared"), ("f",), node("mlp_post"))
+            mlp = route, experts, sum_up
+            if exchanged:
+                dispatch = Exchange(
+                    "dispatch", self._dispatch, ("tokens", "probs", "splits"), arrived, node("dispatch"),
+                    queue="communication", run_backward=self._dispatch_backward,
+                )  # fmt: skip
+                combine = Exchange(
+                    "combine", self._combine, ("routed", "splits"), ("returned",), node("combine"),
+                    queue="communication", run_backward=self._combine_backward,
+                )  # fmt: skip
+                mlp = route, dispatch, experts, combine, sum_up
+        return (
+            Sublayer(f"{block}.attention", self.attention_connection, _norm(self.input_layernorm), (attention,)),
+            Sublayer(f"{block}.mlp", self.mlp_connection, _norm(self.pre_mlp_layernorm), mlp, node("mlp_post"), "high"),
+        )
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, context: Any = None, **__: Any) -> tuple[torch.Tensor, Any]:
+        """[s, b, n*C] -> ([s, b, n*C], context), as Megatron's blocks call their layers. Attention is always causal."""
+        for sublayer in self.sublayers():
+            hidden_states = sublayer(hidden_states)
+        return hidden_states, context
+
+    def _attention(self, normed: torch.Tensor) -> tuple[torch.Tensor]:
+        """[s, b, C] -> [s, b, C]."""
+        f, _ = self.self_attention(normed, attention_mask=None)
+        return (f,)
+
+    def _dense(self, normed: torch.Tensor) -> tuple[torch.Tensor]:
+        """[s, b, C] -> [s, b, C]."""
+        return (self.mlp(normed)[0],)
+
+    def _route(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Splits | None]:
+        """[s, b, C] -> tokens [s*b*k, C] sorted by expert, probs [s*b*k], and how many of them go to which rank."""
         tokens, probs = self.mlp.preprocess(normed, *self.mlp.route(normed))
-        return AfterAttention(x, h_post, h_res, normed, tokens, probs)
+        dispatcher = self.mlp.token_dispatcher
+        if dispatcher.ep_size == 1:
+            return tokens, probs, None
+        # Upstream's own all-to-all starts with this: afterwards the counts are numbers on the host.
+        dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize("before_ep_alltoall", dispatcher.tokens_per_expert)
+        return tokens, probs, Splits(dispatcher.input_splits.tolist(), dispatcher.output_splits.tolist())
 
-    def dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All-to-all: each token to the ranks of its experts. Experts only."""
-        return self.mlp.dispatch(tokens, probs)
+    def _dispatch(self, tokens: torch.Tensor, probs: torch.Tensor, splits: Splits) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Each token to the ranks of its experts."""
+        return start_all_to_all((tokens, probs), splits, self.mlp.token_dispatcher.ep_group)
 
-    def experts(self, normed: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The node `mlp` of a block with experts: (routed [tokens, C], shared [s, b, C] or None)."""
+    def _dispatch_backward(self, gradients: tuple[torch.Tensor, ...], splits: Splits) -> Callable[[], tuple[Any, ...]]:
+        end = start_all_to_all(gradients, splits.back(), self.mlp.token_dispatcher.ep_group)
+        return lambda: (*end(), None)
+
+    def _experts(self, normed: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(routed [tokens, C], shared [s, b, C] or None)."""
         shared = self.mlp.shared_experts_compute(normed)
         routed, _ = self.mlp.routed_experts_compute(tokens, probs)
         return routed, shared
 
-    def dense(self, normed: torch.Tensor) -> torch.Tensor:
-        """The node `mlp` of a dense block: [s, b, C] -> [s, b, C]."""
-        return self.mlp(normed)[0]
+    def _combine(self, routed: torch.Tensor, splits: Splits) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Each expert's output back to the rank of its token."""
+        return start_all_to_all((routed,), splits.back(), self.mlp.token_dispatcher.ep_group)
 
-    def combine(self, routed: torch.Tensor) -> torch.Tensor:
-        """All-to-all: each expert's output back to the rank of its token. Experts only."""
-        return self.mlp.combine(routed)
+    def _combine_backward(self, gradients: tuple[torch.Tensor, ...], splits: Splits) -> Callable[[], tuple[Any, ...]]:
+        end = start_all_to_all(gradients, splits, self.mlp.token_dispatcher.ep_group)
+        return lambda: (*end(), None)
 
-    def mlp_post(
-        self, x: torch.Tensor, f: torch.Tensor, shared: torch.Tensor | None, h_post: Coefficients, h_res: Coefficients
-    ) -> torch.Tensor:
-        """Sum what the experts said of each token (`f` from `combine` or `dense`) and join it to the residual: [s, b, n*C]."""
-        if self.is_moe_layer:
-            f = self.mlp.postprocess(f, shared)
-        return self.mlp_connection.post_res(x, f, h_post, h_res)
+    def _sum(self, returned: torch.Tensor, shared: torch.Tensor | None) -> tuple[torch.Tensor]:
+        """What the experts said of each token, [s, b, C]."""
+        return (self.mlp.postprocess(returned, shared),)
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, context: Any = None, **__: Any) -> tuple[torch.Tensor, Any]:
-        """[s, b, n*C] -> ([s, b, n*C], context), as Megatron's blocks call their layers. Attention is always causal."""
-        a = self.attention(hidden_states)
-        if a.tokens is None or a.probs is None:
-            f, shared = self.dense(a.normed), None
-        else:
-            f, shared = self.experts(a.normed, *self.dispatch(a.tokens, a.probs))
-            f = self.combine(f)
-        return self.mlp_post(a.x, f, shared, a.h_post, a.h_res), context
+
+def _norm(module: nn.RMSNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a norm that Megatron built computes, saving less."""
+    eps = module.eps
+    assert eps is not None
+    return lambda x: rms_norm(x, module.weight, eps)
 
 
 def hyper_connection_layer_spec(config: Any, block: int) -> ModuleSpec:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -17,7 +17,9 @@ from torch import nn
 
 from pipehc.hyper_connection import HyperConnection, contract, expand
 from pipehc.megatron.groups import Groups
-from pipehc.megatron.layer import hyper_connection_layer_spec
+from pipehc.megatron.layer import HyperConnectionLayer, hyper_connection_layer_spec
+from pipehc.recompute import Chain, Piece, cut
+from pipehc.sublayers import build_chain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -181,6 +183,19 @@ class StageModel(MegatronModule):
         for layer in self.decoder.layers.values():
             x, _ = layer(x)
         return self.loss(x, _given("labels", labels)) if self.last else x
+
+
+    def chain(self, block: int | None = None) -> Chain:
+        """The stage in pieces, in recompute blocks of at most `block` sub-layers (None: one block).
+
+        It is given `x0` [s, b, n*C], on the first stage `tokens` [b, s] instead; on the last also `labels` [b, s]. Its result is
+        the streams [s, b, n*C], on the last stage the summed loss.
+        """
+        sublayers = [s for layer in self.decoder.layers.values() for s in cast(HyperConnectionLayer, layer).sublayers()]
+        entry = Piece("embedding", lambda tokens: (self.embed(tokens),), ("tokens",), ("x0",)) if self.first else None
+        streams = f"x{len(sublayers)}"
+        exit = Piece("loss", lambda x, labels: (self.loss(x, labels),), (streams, "labels"), ("loss",)) if self.last else None
+        return build_chain(sublayers, cut(len(sublayers), block), entry, exit)
 
 
 def build_stage(config: Any, groups: Groups, blocks: range, first: bool, last: bool) -> StageModel:

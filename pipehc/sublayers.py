@@ -1,0 +1,118 @@
+"""Sub-layers, each an F inside its own residual connection, and the chain of pieces that they are for a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from pipehc.recompute import Chain, Exchange, Piece
+from pipehc.recompute.chain import QueueName, differentiable
+
+Coefficients = torch.Tensor | None
+
+
+class Connection(Protocol):
+    """What joins a sub-layer F to the residual: x_{l+1} = H_res x_l + H_post^T F(H_pre x_l)."""
+
+    def coefficients_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, Coefficients, Coefficients]:
+        """[s, b, n*C] -> the input of F [s, b, C], H_post, H_res."""
+        ...
+
+    def post_res(self, x: torch.Tensor, f: torch.Tensor, h_post: Any, h_res: Any) -> torch.Tensor:
+        """[s, b, n*C] and the output of F [s, b, C] -> [s, b, n*C]."""
+        ...
+
+    def post_res_pre(
+        self, x: torch.Tensor, f: torch.Tensor, h_post: Any, h_res: Any, following: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Coefficients, Coefficients]:
+        """`post_res`, then `coefficients_pre` of the connection of the following sub-layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """norm: of the input of F. f: the pieces of F; they make the value `f` from the value `normed`, both [s, b, C]. Names of values
+    need be unique within the sub-layer only. post_node, post_queue: of F_post,res; node None: that of the last piece of F."""
+
+    name: str
+    connection: Connection
+    norm: Callable[[torch.Tensor], torch.Tensor]
+    f: tuple[Piece, ...]
+    post_node: str | None = None
+    post_queue: QueueName = "compute"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[s, b, n*C] -> [s, b, n*C], in one graph."""
+        h, h_post, h_res = self.connection.coefficients_pre(x)
+        values: dict[str, Any] = {"normed": self.norm(h)}
+        for piece in self.f:
+            inputs = [values[name] for name in piece.inputs]
+            outputs = differentiable(piece, inputs) if isinstance(piece, Exchange) else piece.run(*inputs)
+            values.update(zip(piece.outputs, outputs, strict=True))
+        return self.connection.post_res(x, values["f"], h_post, h_res)
+
+
+def build_chain(sublayers: Sequence[Sublayer], blocks: Sequence[range], entry: Piece | None, exit: Piece | None) -> Chain:
+    """The chain of a stage: from the streams `x0` to the streams `x{number of sub-layers}`, both [s, b, n*C].
+
+    blocks: the sub-layers of each recompute block; only inside a block is the end of a sub-layer fused with the start of the next.
+    entry: makes `x0`, on the first stage. exit: takes the last streams and makes the result, on the last stage.
+    """
+    chain = [] if entry is None else [[replace(entry, node=sublayers[0].f[0].node)]]
+    for block in blocks:
+        pieces: list[Piece] = []
+        for k in block:
+            if k == block.start:
+                pieces.append(_pre(sublayers[k], k))
+            pieces += _f(sublayers[k], k)
+            pieces.append(_post(sublayers[k], k) if k + 1 == block.stop else _post_pre(sublayers[k], sublayers[k + 1], k))
+        chain.append(pieces)
+    if exit is None:
+        return Chain(chain, f"x{len(sublayers)}")
+    chain[-1].append(replace(exit, node=chain[-1][-1].node))
+    return Chain(chain, exit.outputs[0])
+
+
+def _f(sublayer: Sublayer, k: int) -> list[Piece]:
+    return [
+        replace(
+            piece,
+            name=f"{sublayer.name}.{piece.name}",
+            inputs=tuple(f"{name}{k}" for name in piece.inputs),
+            outputs=tuple(f"{name}{k}" for name in piece.outputs),
+        )
+        for piece in sublayer.f
+    ]
+
+
+def _pre(sublayer: Sublayer, k: int) -> Piece:
+    def run(x: torch.Tensor) -> tuple[Any, ...]:
+        h, h_post, h_res = sublayer.connection.coefficients_pre(x)
+        return sublayer.norm(h), h_post, h_res
+
+    return Piece(f"{sublayer.name}.pre", run, (f"x{k}",), _made_by_pre(k), sublayer.f[0].node, rebuilt=True)
+
+
+def _post(sublayer: Sublayer, k: int) -> Piece:
+    def run(*values: Any) -> tuple[Any, ...]:
+        return (sublayer.connection.post_res(*values),)
+
+    node = sublayer.post_node or sublayer.f[-1].node
+    inputs = (f"x{k}", f"f{k}", f"h_post{k}", f"h_res{k}")
+    return Piece(f"{sublayer.name}.post", run, inputs, (f"x{k + 1}",), node, True, sublayer.post_queue)
+
+
+def _post_pre(sublayer: Sublayer, following: Sublayer, k: int) -> Piece:
+    def run(*values: Any) -> tuple[Any, ...]:
+        x, f, h_post, h_res = values
+        x, h, h_post, h_res = sublayer.connection.post_res_pre(x, f, h_post, h_res, following.connection)
+        return x, following.norm(h), h_post, h_res
+
+    return replace(_post(sublayer, k), name=f"{sublayer.name}.post_pre", run=run, outputs=(f"x{k + 1}", *_made_by_pre(k + 1)))
+
+
+def _made_by_pre(k: int) -> tuple[str, str, str]:
+    return f"normed{k}", f"h_post{k}", f"h_res{k}"

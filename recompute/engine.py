@@ -1,0 +1,366 @@
+"""One micro-batch on its way through a chain of pieces: forward, rebuilding what was dropped, and backward, piece by piece.
+
+With recomputation the rebuilt pieces run without autograd in the forward. What stays is where rebuilding starts from (block
+inputs and the outputs of F) and what F saves for itself, except where that is the result of a rebuilt piece: there F's graph keeps
+a note instead of the tensor, which is looked up when the backward unpacks it. `rebuild` runs the cheap pieces again, now with
+autograd, never F. The backward is the same with and without recomputation, so its results are equal to the bit.
+
+Pieces run on the queues that they name; every value and gradient carries the event that it is complete after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from pipehc.comm.queues import Queue
+from pipehc.recompute.chain import Chain, Exchange, Piece
+from pipehc.recompute.saved import SavedBytes
+
+
+class _Graph(NamedTuple):
+    """What a piece needs for its backward. Edges and not tensors: the graph may outlive the data of its results."""
+
+    edges: tuple[GradientEdge | None, ...]  # of the outputs
+    gradients: list[torch.Tensor | None]  # of the inputs, once the backward ran; None where not differentiable
+    constants: tuple[Any, ...] = ()  # of an Exchange: the inputs that are not tensors
+
+
+class _Made(NamedTuple):
+    """Where something was made, and the event that it is complete after."""
+
+    queue: Queue
+    event: Any
+
+
+class _Dropped(NamedTuple):
+    """In the place of a saved tensor: which value it was a view of, and which view."""
+
+    name: str
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Pass:
+    """One micro-batch in a chain. Gradients are on or off as when it is made.
+
+    queues: one of each name that the chain's pieces use. given: the values that no piece makes. recompute: drop what can be
+    rebuilt. scope: entered around each piece that runs with autograd, for example to open a store of weight gradients. count: where
+    to count the bytes that are kept.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        queues: Mapping[str, Queue],
+        given: Mapping[str, Any],
+        *,
+        recompute: bool = False,
+        scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        count: SavedBytes | None = None,
+    ) -> None:
+        self._chain, self._queues, self._scope, self._count = chain, queues, scope, count
+        self._grad = torch.is_grad_enabled()
+        self._recompute = recompute and self._grad
+        self._values: dict[str, Any] = dict(given)  # those that the forward still needs
+        self._uses = dict(chain.uses)
+        self._kept_uses = dict(chain.kept_uses) if self._recompute else {}
+        self._kept: dict[str, Any] = {}  # where rebuilding starts from
+        self._rebuilt: dict[str, Any] = {}
+        self._rebuilt_uses: dict[str, int] = {}
+        self._built: set[int] = set()  # blocks whose cheap pieces have graphs
+        self._graphs: dict[int, _Graph] = {}
+        self._gradients: dict[str, list[torch.Tensor | None]] = {}
+        self._made: dict[str, _Made] = {}
+        self._again: dict[str, _Made] = {}  # as `_made`, of rebuilt values
+        self._owed: dict[str, list[_Made]] = {}  # where the parts of a gradient were made
+        for name, value in given.items():
+            self._keep(name, value)
+
+    # -- forward
+
+    def forward(self, index: int) -> None:
+        """Issues one piece. Pieces come in the order of the chain."""
+        piece = self._chain.pieces[index]
+        block = self._chain.block_of[index]
+        queue = self._queues[piece.queue]
+        crossing = [self._after(queue, self._made.get(name)) for name in piece.inputs]
+
+        def work() -> Callable[[], None] | None:
+            inputs = self._take(queue, piece, crossing)
+            if isinstance(piece, Exchange):
+                if self._grad:
+                    self._graphs[index] = _Graph((), [], tuple(v for v in inputs if not isinstance(v, torch.Tensor)))
+                end = piece.run(*inputs)
+                return lambda: self._put(piece, end())
+            if not self._grad or (self._recompute and piece.rebuilt):
+                with torch.no_grad():
+                    outputs = piece.run(*inputs)
+            else:
+                dropped = {}
+                if self._recompute:
+                    dropped = {
+                        value.untyped_storage().data_ptr(): name
+                        for name, value in zip(piece.inputs, inputs)
+                        if isinstance(value, torch.Tensor) and value.numel() and self._chain.is_rebuilt(name, block)
+                    }
+                outputs = self._record(index, inputs, dropped)
+            self._put(piece, outputs)
+            return None
+
+        queue.run(work)
+        made = _Made(queue, queue.event())
+        self._made.update((name, made) for name in piece.outputs)
+
+    def forward_all(self) -> None:
+        for index in range(len(self._chain.pieces)):
+            self.forward(index)
+
+    def result(self) -> Any:
+        """The chain's result, once, complete for what is issued to `compute` from now on. Without autograd: it is detached."""
+        return self._collect(self._chain.result, self._values, self._made[self._chain.result])
+
+    # -- backward
+
+    def seed(self, name: str, gradient: torch.Tensor) -> None:
+        """Gives the gradient of a value, made on `compute`."""
+        queue = self._queues["compute"]
+        self._gradients.setdefault(name, []).append(gradient)
+        self._owed.setdefault(name, []).append(_Made(queue, queue.event()))
+
+    def rebuild(self, block: int | None = None) -> None:
+        """Issues what a block (None: the last, where the backward begins) dropped; nothing if it was not dropped or is back."""
+        block = self._chain.block_of[-1] if block is None else block
+        if not self._recompute or block in self._built:
+            return
+        self._built.add(block)
+        if self._count is not None:
+            self._count.start_block()
+        for index in self._chain.rebuilt(block):
+            self._rebuild_piece(index, block)
+
+    def backward(self, index: int) -> None:
+        """Issues the backward of one piece. Pieces come in reverse order; the first of a block to come rebuilds it if need be."""
+        block = self._chain.block_of[index]
+        self.rebuild(block)
+        piece = self._chain.pieces[index]
+        queue = self._queues[piece.queue]
+        parts = {name: self._owed.pop(name, []) for name in piece.outputs}
+        crossing = {name: [self._after(queue, made) for made in owed] for name, owed in parts.items()}
+        dropped = [name for name in piece.inputs if self._recompute and not piece.rebuilt and self._chain.is_rebuilt(name, block)]
+        held = [self._after(queue, self._again[name]) for name in dropped]
+
+        def work() -> Callable[[], None] | None:
+            gradients = tuple(self._sum(queue, name, crossing[name]) for name in piece.outputs)
+            graph = self._graphs.pop(index)
+            for name, crosses in zip(dropped, held):
+                if crosses:
+                    queue.hold(self._rebuilt[name])
+            if isinstance(piece, Exchange):
+                end = piece.run_backward(gradients, *graph.constants)
+                return lambda: self._give(piece, end())
+            pairs = [(edge, g) for edge, g in zip(graph.edges, gradients) if edge is not None and g is not None]
+            if pairs:
+                edges, seeds = zip(*pairs)
+                torch.autograd.backward(edges, seeds)
+            for name in dropped:
+                self._use_rebuilt(name)
+            self._give(piece, graph.gradients)
+            return None
+
+        queue.run(work)
+        made = _Made(queue, queue.event())
+        for name in piece.inputs:
+            self._owed.setdefault(name, []).append(made)
+
+    def backward_all(self) -> None:
+        for index in reversed(range(len(self._chain.pieces))):
+            self.backward(index)
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        """The gradient of a given value, complete for what is issued to `compute` from now on."""
+        queue = self._queues["compute"]
+        return self._sum(queue, name, [self._after(queue, made) for made in self._owed.pop(name, [])])
+
+    # -- values
+
+    def _after(self, queue: Queue, made: _Made | None) -> bool:
+        """Orders what is issued to `queue` next after `made`; returns whether that was on another queue."""
+        if made is None or made.queue is queue:
+            return False
+        queue.wait(made.event)
+        return True
+
+    def _take(self, queue: Queue, piece: Piece, crossing: list[bool]) -> list[Any]:
+        """The inputs of a piece; those that nobody else needs are forgotten."""
+        inputs = []
+        for name, crosses in zip(piece.inputs, crossing):
+            assert name in self._values, f"{piece.name} starts before its input {name} is there: no event orders them"
+            inputs.append(self._values[name])
+            if crosses and isinstance(inputs[-1], torch.Tensor):
+                queue.hold(inputs[-1])
+            self._uses[name] -= 1
+            if not self._uses[name]:
+                del self._values[name]
+        return inputs
+
+    def _put(self, piece: Piece, outputs: tuple[Any, ...]) -> None:
+        for name, value in zip(piece.outputs, outputs, strict=True):
+            if self._uses.get(name):
+                self._values[name] = value.detach() if isinstance(value, torch.Tensor) else value
+                self._keep(name, self._values[name])
+
+    def _keep(self, name: str, value: Any) -> None:
+        if name not in self._kept_uses:
+            return
+        self._kept[name] = value
+        if self._count is None:
+            return
+        if self._chain.enters(name):
+            self._count.inputs += self._count.new(value)
+        else:
+            self._count.outputs += self._count.new(value)
+
+    def _collect(self, name: str, values: dict[str, Any], made: _Made) -> Any:
+        queue = self._queues["compute"]
+        crosses = self._after(queue, made)
+        assert name in values, f"{name} is asked for before it is there: no event orders them"
+        value = values.pop(name)
+        if crosses and isinstance(value, torch.Tensor):
+            queue.hold(value)
+        return value
+
+    # -- graphs
+
+    def _record(self, index: int, inputs: list[Any], dropped: dict[int, str]) -> tuple[Any, ...]:
+        """Runs a piece with autograd, in a graph of its own. dropped: addresses of storages that it must not keep."""
+        piece = self._chain.pieces[index]
+        entered, gradients = _enter(inputs)
+        with torch.enable_grad(), self._hooks(piece, dropped), self._scope():
+            outputs = piece.run(*entered)
+        edges = (get_gradient_edge(v) if isinstance(v, torch.Tensor) and v.requires_grad else None for v in outputs)
+        self._graphs[index] = _Graph(tuple(edges), gradients)
+        return outputs
+
+    def _hooks(self, piece: Piece, dropped: dict[int, str]) -> AbstractContextManager[Any]:
+        if not dropped and self._count is None:
+            return nullcontext()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | _Dropped:
+            name = dropped.get(tensor.untyped_storage().data_ptr())
+            if name is not None:
+                return _Dropped(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            if self._count is not None and piece.rebuilt and self._recompute:
+                self._count.add_transient(tensor)
+            elif self._count is not None:
+                size = self._count.new(tensor)
+                if piece.rebuilt:
+                    self._count.by_rebuilt += size
+                else:
+                    self._count.by_f += size
+            return tensor.detach()  # without its history: a result that saves itself would never be freed
+
+        def unpack(saved: torch.Tensor | _Dropped) -> torch.Tensor:
+            if isinstance(saved, torch.Tensor):
+                return saved
+            value: torch.Tensor = self._rebuilt[saved.name]
+            return value.as_strided(saved.size, saved.stride, saved.offset)
+
+        return saved_tensors_hooks(pack, unpack)
+
+    # -- recomputation
+
+    def _rebuild_piece(self, index: int, block: int) -> None:
+        piece = self._chain.pieces[index]
+        queue = self._queues[piece.queue]
+        own = [self._chain.is_rebuilt(name, block) for name in piece.inputs]
+        crossing = [self._after(queue, (self._again if again else self._made).get(n)) for n, again in zip(piece.inputs, own)]
+
+        def work() -> None:
+            inputs = []
+            for name, again, crosses in zip(piece.inputs, own, crossing):
+                value = self._use_rebuilt(name) if again else self._use_kept(name)
+                if crosses and isinstance(value, torch.Tensor):
+                    queue.hold(value)
+                inputs.append(value)
+            for name, value in zip(piece.outputs, self._record(index, inputs, {}), strict=True):
+                uses = self._chain.uses_in_block(name, block)
+                if not uses:
+                    continue
+                self._rebuilt[name], self._rebuilt_uses[name] = value, uses
+                if isinstance(value, torch.Tensor):
+                    self._rebuilt[name] = value.detach()
+                    if self._count is not None:
+                        self._count.add_transient(value)
+
+        queue.run(work)
+        made = _Made(queue, queue.event())
+        self._again.update((name, made) for name in piece.outputs)
+
+    def _use_kept(self, name: str) -> Any:
+        value = self._kept[name]
+        self._kept_uses[name] -= 1
+        if not self._kept_uses[name]:
+            del self._kept[name]
+        return value
+
+    def _use_rebuilt(self, name: str) -> Any:
+        assert name in self._rebuilt, f"{name} is used before it is rebuilt: no event orders them"
+        value = self._rebuilt[name]
+        self._rebuilt_uses[name] -= 1
+        if not self._rebuilt_uses[name]:
+            del self._rebuilt[name]
+        return value
+
+    # -- gradients
+
+    def _sum(self, queue: Queue, name: str, crossing: list[bool]) -> torch.Tensor | None:
+        """The gradient of a value: the sum over its uses, latest use first."""
+        parts = self._gradients.pop(name, [])
+        assert len(parts) == len(crossing), f"the gradient of {name} is used before it is there: no event orders them"
+        total: torch.Tensor | None = None
+        for part, crosses in zip(parts, crossing):
+            if part is None:
+                continue
+            if crosses:
+                queue.hold(part)
+            total = part if total is None else total + part
+        return total
+
+    def _give(self, piece: Piece, gradients: Any) -> None:
+        for name, gradient in zip(piece.inputs, gradients, strict=True):
+            self._gradients.setdefault(name, []).append(gradient)
+
+
+class _Enter(torch.autograd.Function):
+    """The way into a graph that keeps no data: a leaf would hold its storage for as long as the graph lives."""
+
+    @staticmethod
+    def forward(ctx: Any, root: torch.Tensor, positions: list[int], gradients: list, *tensors: torch.Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.positions, ctx.gradients = positions, gradients
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, ...]:
+        for position, grad in zip(ctx.positions, grads):
+            ctx.gradients[position] = grad
+        return (None,) * (3 + len(grads))
+
+
+def _enter(inputs: list[Any]) -> tuple[list[Any], list[torch.Tensor | None]]:
+    """The inputs as the start of a graph, and a list that will hold their gradients after its backward."""
+    gradients: list[torch.Tensor | None] = [None] * len(inputs)
+    positions = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if not positions:
+        return inputs, gradients
+    root = torch.empty(0, requires_grad=True)
+    entered = list(inputs)
+    for i, tensor in zip(positions, _Enter.apply(root, positions, gradients, *(inputs[i] for i in positions))):
+        entered[i] = tensor
+    return entered, gradients
