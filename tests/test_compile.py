@@ -205,16 +205,19 @@ def test_what_cannot_be_compiled_is_refused() -> None:
 
 
 def test_import_is_quick_and_pulls_in_nothing_heavy() -> None:
-    script = "import sys, pipehc.schedules; print(*(m for m in ('torch', 'matplotlib', 'rich', 'numpy') if m in sys.modules))"
-    best = 1e9
-    for _ in range(5):
-        start = time.perf_counter()
-        bare = subprocess.run([sys.executable, "-c", "pass"], check=True)
-        middle = time.perf_counter()
+    script = """
+import sys, time
+start = time.process_time()  # of this process: other tests may keep the machine busy
+import pipehc.schedules
+print(time.process_time() - start, *(m for m in ("torch", "matplotlib", "rich", "numpy") if m in sys.modules))
+"""
+    seconds = []
+    for _ in range(3):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        best = min(best, (time.perf_counter() - middle) - (middle - start))
-        assert done.stdout.split() == [] and bare.returncode == 0
-    assert best < 0.3
+        took, *heavy = done.stdout.split()
+        assert heavy == []
+        seconds.append(float(took))
+    assert min(seconds) < 0.3
 
 
 @pytest.mark.slow
