@@ -11,21 +11,25 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from pipehc import parameters
 from pipehc.checkpoint import Checkpoints
+from pipehc.comm.handshake import overlap_warnings
 from pipehc.comm.messages import PeerError
+from pipehc.comm.watchdog import Watchdog, stopped_siblings
 from pipehc.config import Config, ConfigError, add_config_arguments, check_data, check_world_size, run_with_config, to_yaml
 from pipehc.data import Sampler, Splits, open_splits
 from pipehc.metrics import METRICS, Reporter, save_config
@@ -44,14 +48,29 @@ class Progress:
     """Where this process stands, for the message with which it may have to end."""
 
     doing: str = "while starting"
+    watchdog: Watchdog | None = None
 
-    def stop(self, signum: int, _: FrameType | None) -> None:
+    def stop(self, signum: int, _: FrameType | None = None) -> None:
         """Handles SIGTERM and SIGINT: torchrun sends one to every other process when one is gone."""
-        name = signal.Signals(signum).name
+        if self.watchdog is not None and threading.current_thread() is threading.main_thread():
+            return  # its thread calls this too, and at once, even if the main thread is blocked inside a library
         if sys.stdout.isatty():
             os.write(sys.stdout.fileno(), _SHOW_CURSOR)
-        say_once(f"pipehc: rank {os.environ['RANK']} stopped by {name} {self.doing}: another process ended, or the job was", "end")
+        name = signal.Signals(signum).name
+        self.report(f"stopped by {name} {self.doing}: another process ended, or the job was")
         os._exit(128 + signum)
+
+    def expire(self, what: str) -> NoReturn:
+        """Ends this process, because it has been waiting for too long."""
+        self.report(f"ended: {what}")
+        os._exit(1)
+
+    def report(self, what: str) -> None:
+        """Says, once a job, why this process ends; leaves what it did last in the run folder; lets stopped processes end too."""
+        stopped = stopped_siblings(resume=True)
+        say_once("; ".join([f"pipehc: rank {os.environ['RANK']} {what}", *stopped]), "end")
+        if self.watchdog is not None:
+            self.watchdog.dump(what)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,10 +97,10 @@ def run(config: Config) -> int:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=limit)
     try:
         train(config, progress)
+    except ConfigError:
+        raise
     except Exception as error:
-        if not _is_end_of_job(error):
-            raise
-        say_once(f"pipehc: rank {dist.get_rank()} ended {progress.doing}: {error}", "end")
+        progress.report(f"ended {progress.doing}: {error if _is_end_of_job(error) else traceback.format_exc()}")
         return 1
     dist.destroy_process_group()
     return 0
@@ -106,9 +125,13 @@ def train(config: Config, progress: Progress) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     folder = run_folder.path
+    report = folder / "watchdog" / f"rank{ranks.rank:05}.txt"
+    progress.watchdog = watchdog = Watchdog(report, config.runtime.timeout_s, progress.expire, progress.stop)
     splits = _open_data(config, folder, ranks)
     progress.doing = "while building the model"
     trainer = Trainer(config)
+    watchdog.watch(trainer.mailbox)
+    trainer.observers.append(watchdog)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, layout=_layout(config))
     progress.doing = "while loading a checkpoint"
     start, source = _resume(config, trainer, checkpoints, splits)
@@ -121,13 +144,16 @@ def train(config: Config, progress: Progress) -> None:
         save_config(folder, to_yaml(config))
     sampler = Sampler(len(splits.train), train.seed)
 
+    _warn()
     with Reporter(folder, train.steps, start, config.run.tensorboard, ranks.is_main) as reporter:
         reporter.say(_greeting(config, splits, start, source, dist.get_world_size()))
 
         def evaluate(step: int) -> None:
             progress.doing = f"in the evaluation after step {step}"
-            trainer.check_replicas()
-            reporter.evaluation(step, trainer.evaluate(splits.validation, step))
+            with watchdog.limited(progress.doing):
+                trainer.check_replicas()
+                loss = trainer.evaluate(splits.validation, step)
+            reporter.evaluation(step, loss)
 
         if config.evaluation.interval and start == 0:
             evaluate(0)
@@ -136,7 +162,8 @@ def train(config: Config, progress: Progress) -> None:
             if _launcher() != launcher:
                 raise TrainingError("torchrun is gone, and with it whoever could stop or restart this training")
             began = time.perf_counter()
-            result = trainer.step(step, splits.train, sampler)
+            with watchdog.limited(progress.doing):
+                result = trainer.step(step, splits.train, sampler)
             tokens_per_s = train.global_batch * train.sequence_length / (time.perf_counter() - began)
             if step % config.run.log_interval == 0 or step == train.steps:
                 gain = {} if result.gain is None else {"gain": result.gain}
@@ -160,6 +187,13 @@ def _launcher() -> int | None:
 def _is_due(step: int, interval: int, steps: int) -> bool:
     """Every `interval` steps (0: never) and after the last step."""
     return interval > 0 and (step % interval == 0 or step == steps)
+
+
+def _warn() -> None:
+    """Says, once a machine, what in its environment will make the training slower than it could be."""
+    here, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.cpu_count() or 1
+    if found := overlap_warnings(os.environ, here, cores, torch.cuda.is_available()):
+        say_once("\n".join(f"pipehc: warning: {text}" for text in found), "overlap")
 
 
 def _greeting(config: Config, splits: Splits, start: int, source: Path | None, world: int) -> str:

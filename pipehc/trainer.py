@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipehc.comm.groups import edge_groups
+from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
 from pipehc.config import Config
@@ -20,7 +21,7 @@ from pipehc.megatron.groups import build_groups
 from pipehc.megatron.model import DTYPES, build_stage, initialise, parameter_names
 from pipehc.megatron.optimizer import build_optimizer
 from pipehc.schedules import Program, build, compile
-from pipehc.schedules.execute import execute
+from pipehc.schedules.execute import Observer, execute
 from pipehc.stage import ModelStage
 
 
@@ -77,7 +78,14 @@ class Trainer:
             self._gain = CompositeGain(connections, 2 * config.model.blocks, residual.streams)
         self.feedback = GainFeedback(residual.target_gain, residual.gain_power, residual.smallest_s)
         messages = edge_groups(pipelines, self.train_program.edges())
-        self._mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, config.runtime.timeout_s)
+        connect(messages, self.device)
+        facts = {"stage message": f"{shape} {DTYPES[train.precision]}", "schedule": digest(self.train_program.instructions)}
+        try:
+            compare_neighbours(facts, messages)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+        self.observers: list[Observer] = []  # of every instruction, in training and evaluation
+        self.mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, config.runtime.timeout_s)
 
     def step(self, step: int, split: Split, sampler: Sampler) -> StepResult:
         """Trains on the samples of step `step` (from 1). Raises TrainingError, on every rank and before any weight changes, if
@@ -150,7 +158,7 @@ class Trainer:
             key: ModelStage(chain, self._queues, microbatch, 1.0 / tokens_in_all, recompute=self.config.recompute.enabled)
             for key, chain in self._chains.items()
         }
-        execute(program.instructions[self.groups.pp_rank], schedule.placement, stages, self._mailbox)
+        execute(program.instructions[self.groups.pp_rank], schedule.placement, stages, self.mailbox, self.observers)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
         finite = bool(torch.isfinite(total))
