@@ -52,9 +52,9 @@ def assign_slots(
     return result
 
 
-def add_events(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> tuple[Instruction, ...]:
+def add_events(schedule: Schedule, row: Sequence[Instruction]) -> tuple[Instruction, ...]:
     """Adds an event wherever two uses of a tensor, one of them a write, are not ordered already: no more than that."""
-    order = Order(schedule, rank, row)
+    order = Order(schedule, row)
     ends: list[Clock] = []
     numbers: dict[int, int] = {}  # instruction -> its event
     after: dict[int, tuple[int, ...]] = {}

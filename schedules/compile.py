@@ -44,7 +44,7 @@ def compile(
     program = Program(
         schedule,
         tuple(
-            add_events(schedule, rank, assign_slots(schedule, [(earliest[rank][cell], i) for cell, i in row], posted, ahead + 1))
+            add_events(schedule, assign_slots(schedule, [(earliest[rank][cell], i) for cell, i in row], posted, ahead + 1))
             for rank, row in enumerate(rows)
         ),
     )

@@ -75,8 +75,8 @@ def outgoing(schedule: Schedule, action: Action) -> Message | None:
 class Order:
     """Walks one rank's row. `visit` takes its instructions in order; `row` says which slots and queues they use."""
 
-    def __init__(self, schedule: Schedule, rank: int, row: Sequence[Instruction]) -> None:
-        self._schedule, self._rank = schedule, rank
+    def __init__(self, schedule: Schedule, row: Sequence[Instruction]) -> None:
+        self._schedule = schedule
         edges = sorted({(type(i) is Send, i.message.source, i.message.target) for i in row if not isinstance(i, Run)})
         self._edge_queue = {edge: HIGH + 1 + k for k, edge in enumerate(edges)}
         size = HIGH + 1 + len(edges)

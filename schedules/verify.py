@@ -107,7 +107,7 @@ def _check_messages(schedule: Schedule, rank: int, row: Sequence[Instruction]) -
 
 def _check_order(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> None:
     """Every two uses of a tensor, one of them a write, are ordered; buffers hold what their readers mean."""
-    order = Order(schedule, rank, row)
+    order = Order(schedule, row)
     recorded: dict[int, Clock] = {}
     for index, instruction in enumerate(row):
         after: list[Clock] = []
