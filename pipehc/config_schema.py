@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from math import gcd
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipehc.stages import assign_blocks
 
@@ -19,9 +20,11 @@ Size = Annotated[int, Field(gt=0, le=10**12)]
 Rate = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]  # no shell expands a ~ inside YAML
 # YAML has lists only; tuples keep a configuration immutable.
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Texts = Annotated[tuple[Text, ...], AsTuple]
+Places = Annotated[tuple[Place, ...], AsTuple]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 DecayStep = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], Rate], AsTuple]
 
@@ -108,9 +111,9 @@ class RecomputeConfig(Section):
 
 class DataConfig(Section):
     kind: Literal["text", "megatron"] = "text"
-    paths: Texts = ()
+    paths: Places = ()
     suffixes: Texts = (".py", ".txt", ".md")
-    tokenizer: Text = "bytes"
+    tokenizer: Place = "bytes"
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
 
@@ -141,11 +144,11 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     interval: Count = 0
     keep: Size = 2
-    resume: Text = "auto"
+    resume: Place = "auto"
 
 
 class RunConfig(Section):
-    folder: Text
+    folder: Place
     log_interval: Size = 1
     tensorboard: bool = False
 
