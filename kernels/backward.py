@@ -1,9 +1,10 @@
-"""The backward kernel behind `coefficients`, `coefficients_pre` and `post_res_pre`, and the second stage of its parameter gradients.
+# mypy: disable-error-code="assignment,misc"
+"""The backward kernel behind `coefficients`, `coefficients_pre` and `post_res_pre`, and the second stage of parameter gradients.
 
-It yields the whole gradient of the streams x that the coefficients were computed from. One program takes a group of tokens, block by
-block, through two sweeps: row sums over channels first (gradients of H_pre, H_post, H_res), then, after the maps' own backward, the
-gradient of x. A third sweep over the group adds up its share of the gradient of phi in registers: no atomics, so equal bits on
-every run.
+It yields the whole gradient of the streams x that the coefficients were computed from. One program takes a group of tokens, block
+by block, through two sweeps: row sums over channels first (gradients of H_pre, H_post, H_res), then, after the maps' own backward,
+the gradient of x. A third sweep over the group adds up its share of the gradient of phi in registers: no atomics, so equal bits
+on every run.
 
 With a deferred sub-layer end (see link.py) the same launch does the backward of that `post_res`, whose inputs it reads anyway.
 """
@@ -16,23 +17,72 @@ from torch import Tensor
 
 from pipehc.kernels.forward import (
     BLOCK_TOKENS,
-    logits_of,
     map_constants,
     padded_columns,
-    part,
     product_precision,
     scalar_of,
     tanh,
 )
 from pipehc.kernels.language import check_launchable, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
-from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
+from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, row_sums, store_rounded, zeros
 
 MAX_GROUPS = 64
 """Programs of one launch, at most: each writes a partial gradient of phi's size. Fixed, so that no device decides on the bits."""
 
 
 @triton.jit
+def columns_of_zeros(count: tl.constexpr, BT: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(count):
+        out += (tl.zeros([BT, 1], tl.float32),)
+    return out
+
+
+@triton.jit
+def gradient_of(
+    sums, direct, t, tokens, e: tl.constexpr, index: tl.constexpr, width: tl.constexpr, K: tl.constexpr, BT: tl.constexpr
+):
+    """Gradient of one coefficient: entry e of the sums over channels, and what reached it by itself, either of them None."""
+    total = tl.zeros([BT, 1], tl.float32)
+    if sums is not None:
+        total += tl.load(sums + t * K + e, mask=tokens, other=0.0)
+    if direct is not None:
+        total += tl.load(direct + t * width + index, mask=tokens, other=0.0)
+    return total
+
+
+@triton.jit
+def store_logit_gradient(
+    grad,
+    u,
+    inverses,
+    pulls,
+    alpha,
+    d_logits,
+    d_product,
+    t,
+    tokens,
+    e: tl.constexpr,
+    n: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PER_STREAM: tl.constexpr,
+):
+    """Stores the gradient of logit e, and of the product before division by the norm; adds its pull on the norm of its group."""
+    tl.store(d_logits + t * K + e, grad, mask=tokens)
+    grad = grad * tl.load(alpha + tl.minimum(e // n, 2))
+    if PER_STREAM:
+        bent = tanh(u)
+        grad = grad * (1.0 - bent * bent)
+    tl.store(d_product + t * K + e, grad * inverses[e % GROUPS], mask=tokens)
+    out = ()
+    for g in tl.static_range(GROUPS):
+        out += (pulls[g] + grad * u if e % GROUPS == g else pulls[g],)
+    return out
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS"])
 def mapping_backward_kernel(
     x,
     d_y,
@@ -54,6 +104,7 @@ def mapping_backward_kernel(
     h_post_before,
     d_x,
     d_f_before,
+    d_maps,
     d_logits,
     d_product,
     d_scalar,
@@ -74,9 +125,9 @@ def mapping_backward_kernel(
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Optional inputs are None when absent: d_y (with h_pre), d_x_next with f (a deferred post_res), d_x_direct, d_pre, d_post, d_res
-    (gradients that reached x, H_pre, H_post, H_res by themselves). h_post_before asks for d_f_before, the gradient of the f that went
-    into x. d_logits, d_product, d_scalar are scratch per token, [T, n*n + 2n] and [T]."""
+    """Optional inputs are None when absent: d_y (with h_pre), d_x_next with f (a deferred post_res), d_x_direct, d_pre, d_post and
+    d_res (gradients that reached x, H_pre, H_post, H_res by themselves). h_post_before asks for d_f_before, the gradient of the f
+    that went into x. d_maps, d_logits, d_product and d_scalar are scratch per token, [T, n*n + 2n] and [T]."""
     group = tl.program_id(0)
     K: tl.constexpr = n * n + 2 * n
     WIDTH: tl.constexpr = n + 2 if PER_STREAM else K
@@ -116,69 +167,49 @@ def mapping_backward_kernel(
                         new_pre += (pre_sums[j] + fold(grad_y * streams[j]),)
                     pre_sums = new_pre
 
-        # The maps: gradients of H to gradients of the logits.
-        grad_pre, grad_post, grad_res = (), (), ()
-        for j in tl.static_range(n):
-            total_pre = tl.zeros([BT, 1], tl.float32)
-            if d_y is not None:
-                total_pre += tl.sum(pre_sums[j], 1, keep_dims=True)
-            if d_pre is not None:
-                total_pre += tl.load(d_pre + t * n + j, mask=tokens, other=0.0)
-            total_post = tl.zeros([BT, 1], tl.float32)
+        # Through scratch to one number per thread, in the layout that everything per token is in.
+        if (f is not None) or (d_y is not None):
+            e = tl.arange(0, ALL)[None, :]
+            sums = pre_sums if d_y is not None else zeros(n, BT, BC // 8)
             if f is not None:
-                total_post += tl.sum(post_sums[j], 1, keep_dims=True)
-            if d_post is not None:
-                total_post += tl.load(d_post + t * n + j, mask=tokens, other=0.0)
-            grad_pre += (total_pre,)
-            grad_post += (total_post,)
+                sums += post_sums + res_sums
+            tl.store(d_maps + t * K + e, row_sums(sums, K if f is not None else n, ALL), mask=tokens & (e < K))
+            tl.debug_barrier()
+        for_pre = d_maps if d_y is not None else None
+        for_others = d_maps if f is not None else None
+
+        # The maps: gradients of H to gradients of the logits, and on through alpha, tanh and the norm: x' = x phi / rms takes g to
+        # (g phi^T - x (g . x') / (C rms)) / rms.
+        inverses = load_columns(inverse_rms, t, tokens, GROUPS)
+        pulls = columns_of_zeros(GROUPS, BT)
+        for e in tl.static_range(2 * n):
+            grad = gradient_of(for_pre if e < n else for_others, d_pre if e < n else d_post, t, tokens, e, e % n, n, K, BT)
+            if FIXED[e // n]:
+                grad *= 0.0
+            u = tl.load(product + t * K + e, mask=tokens, other=0.0)
+            if not PER_STREAM:
+                gate = tl.sigmoid(tl.load(alpha + e // n) * u + tl.load(bias + e))
+                grad *= (1 + e // n) * gate * (1.0 - gate)
+            pulls = store_logit_gradient(
+                grad, u, inverses, pulls, alpha, d_logits, d_product, t, tokens, e, n, K, GROUPS, PER_STREAM
+            )
+        logits, grad_res = (), ()
         for e in tl.static_range(n * n):
-            total_res = tl.zeros([BT, 1], tl.float32)
-            if f is not None:
-                total_res += tl.sum(res_sums[e], 1, keep_dims=True)
-            if d_res is not None:
-                total_res += tl.load(d_res + t * (n * n) + e, mask=tokens, other=0.0)
-            grad_res += (total_res,)
-        products = load_columns(product, t, tokens, K)
-        logits, scaled = logits_of(products, alpha, bias, n, PER_STREAM)
-        grad_logits = ()
-        for j in tl.static_range(n):
-            slope = tl.zeros_like(logits[j]) + 1.0
-            if not PER_STREAM:
-                gate = tl.sigmoid(logits[j])
-                slope = gate * (1.0 - gate)
-            grad_logits += (slope * (0.0 if FIXED[0] else grad_pre[j]),)
-        for j in tl.static_range(n):
-            slope = tl.zeros_like(logits[n + j]) + 1.0
-            if not PER_STREAM:
-                gate = tl.sigmoid(logits[n + j])
-                slope = 2.0 * gate * (1.0 - gate)
-            grad_logits += (slope * (0.0 if FIXED[1] else grad_post[j]),)
+            u = tl.load(product + t * K + 2 * n + e, mask=tokens, other=0.0)
+            logits += (tl.load(alpha + 2) * (tanh(u) if PER_STREAM else u) + tl.load(bias + 2 * n + e),)
+            grad_res += (gradient_of(for_others, d_res, t, tokens, 2 * n + e, e, n * n, K, BT),)
         if FIXED[2]:
-            for e in tl.static_range(n * n):
-                grad_logits += (tl.zeros([BT, 1], tl.float32),)
+            grad_logits = columns_of_zeros(n * n, BT)
             grad_scalar = tl.zeros([BT, 1], tl.float32)
         else:
-            grad_map, grad_scalar = MAP_BACKWARD(part(logits, 2 * n, n * n), grad_res, number, n, SETTINGS)
-            grad_logits += grad_map
+            grad_logits, grad_scalar = MAP_BACKWARD(logits, grad_res, number, n, SETTINGS)
+        for e in tl.static_range(n * n):
+            u = tl.load(product + t * K + 2 * n + e, mask=tokens, other=0.0)
+            pulls = store_logit_gradient(
+                grad_logits[e], u, inverses, pulls, alpha, d_logits, d_product, t, tokens, 2 * n + e, n, K, GROUPS, PER_STREAM
+            )
         if d_scalar is not None:
             tl.store(d_scalar + t, grad_scalar, mask=tokens)
-
-        # Through alpha, tanh and the norm: x' = x phi / rms takes g to (g phi^T - x (g . x') / (C rms)) / rms.
-        inverses = load_columns(inverse_rms, t, tokens, GROUPS)
-        pulls = ()
-        for g in tl.static_range(GROUPS):
-            pulls += (tl.zeros([BT, 1], tl.float32),)
-        for e in tl.static_range(K):
-            grad = tl.load(alpha + tl.minimum(e // n, 2)) * grad_logits[e]
-            if PER_STREAM:
-                grad = grad * (1.0 - scaled[e] * scaled[e])
-            inverse = inverses[e % GROUPS]
-            new_pulls = ()
-            for g in tl.static_range(GROUPS):
-                new_pulls += (pulls[g] + grad * products[e] if e % GROUPS == g else pulls[g],)
-            pulls = new_pulls
-            tl.store(d_logits + t * K + e, grad_logits[e], mask=tokens)
-            tl.store(d_product + t * K + e, grad * inverse, mask=tokens)
         shrinks = ()
         for g in tl.static_range(GROUPS):
             shrinks += (pulls[g] * inverses[g] * inverses[g] / (C if PER_STREAM else n * C),)
@@ -260,7 +291,7 @@ def mapping_backward_kernel(
     tl.store(small + 2 * K, tl.sum(tl.sum(grad_number, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"])
 def parameter_sum_kernel(
     d_phi_partial,
     d_small_partial,
@@ -343,17 +374,17 @@ def launch_mapping_backward(
     tokens, n, channels = x.shape
     phi, alpha, bias = parameters
     columns = n * n + 2 * n
-    small = {"dtype": torch.float32, "device": x.device}
     d_x = torch.empty_like(x)
-    d_f = None if h_post_before is None else torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
+    d_f = None if h_post_before is None else x.new_empty(tokens, channels)
     if not tokens:
-        return Gradients(d_x, *(torch.zeros_like(p) for p in parameters), torch.zeros((), **small), d_f)
+        none = x.new_zeros((), dtype=torch.float32)
+        return Gradients(d_x, torch.zeros_like(phi), torch.zeros_like(alpha), torch.zeros_like(bias), none, d_f)
     blocks = blocks_per_group(tokens)
     groups = triton.cdiv(tokens, BLOCK_TOKENS * blocks)
     number = scalar_of(manifold)
-    d_phi_partial = torch.empty(groups, *phi.shape, **small)
-    d_small_partial = torch.empty(groups, 2 * columns + 1, **small)
-    d_product = torch.empty(tokens, columns, **small)
+    d_phi_partial = x.new_empty(groups, *phi.shape, dtype=torch.float32)
+    d_small_partial = x.new_empty(groups, 2 * columns + 1, dtype=torch.float32)
+    d_product = x.new_empty(tokens, columns, dtype=torch.float32)
     every = triton.next_power_of_2(columns)
     d_x_next, f = incoming.deferred if incoming.deferred is not None else (None, None)
     mapping_backward_kernel[(groups,)](
@@ -377,9 +408,10 @@ def launch_mapping_backward(
         h_post_before,
         d_x,
         d_f,
-        torch.empty(tokens, columns, **small),
+        x.new_empty(tokens, columns, dtype=torch.float32),
+        x.new_empty(tokens, columns, dtype=torch.float32),
         d_product,
-        None if number is None else torch.empty(tokens, **small),
+        None if number is None else x.new_empty(tokens, dtype=torch.float32),
         d_phi_partial,
         d_small_partial,
         tokens,
@@ -396,7 +428,7 @@ def launch_mapping_backward(
         num_warps=4,
     )
     d_phi = torch.empty_like(phi) if groups > 1 else d_phi_partial[0]
-    d_alpha, d_bias, d_number = torch.empty_like(alpha), torch.empty_like(bias), torch.empty((), **small)
+    d_alpha, d_bias, d_number = torch.empty_like(alpha), torch.empty_like(bias), x.new_empty((), dtype=torch.float32)
     block = 1024
     parameter_sum_kernel[(1 + (triton.cdiv(phi.numel(), block) if groups > 1 else 0),)](
         d_phi_partial, d_small_partial, d_phi, d_alpha, d_bias, d_number, groups, phi.numel(), n=n, ALL=every, BLOCK=block

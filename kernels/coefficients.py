@@ -73,10 +73,10 @@ def _logits(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manif
     """[T, n*n + 2n]. Dividing by the norm comes after the product, which reads x once (paper, section 4.3.1)."""
     tokens, n, _ = x.shape
     if manifold.per_stream:
-        product = (x @ phi).mT.reshape(tokens, -1)  # [T, n + 2, n]: entry (row of the map, stream) is column row * n + stream
+        product = (x @ phi).mT.flatten(1)  # [T, n + 2, n]: entry (row of the map, stream) is column row * n + stream
         inverse_rms = torch.rsqrt(x.square().mean(-1) + NORM_EPS).repeat(1, n + 2)
         product = torch.tanh(product * inverse_rms)
     else:
-        flat = x.reshape(tokens, -1)
+        flat = x.flatten(1)
         product = (flat @ phi) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS)
     return torch.addcmul(bias, product, alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device)))

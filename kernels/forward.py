@@ -1,9 +1,10 @@
+# mypy: disable-error-code="assignment,misc"
 """The forward kernel behind `coefficients`, `coefficients_pre` and `post_res_pre`: one program takes a block of tokens through two
 sweeps over their channels, with the maps in between.
 
 Sweep 1 makes the streams (mixing the previous sub-layer's, for post_res_pre), their product with phi on the matrix units and their
-norm. Then each token's n*n + 2n numbers become H_pre, H_post and H_res in registers. Sweep 2 reads the same rows again, from L2, for
-y; for post_res_pre it folds H_pre into the previous maps and reads x and f rather than the streams it has just written.
+norm. Then each token's n*n + 2n numbers become H_pre, H_post and H_res in registers. Sweep 2 reads the same rows again, from L2,
+for y; for post_res_pre it folds H_pre into the previous maps and reads x and f rather than the streams it has just written.
 """
 
 from collections.abc import Collection
@@ -33,13 +34,12 @@ def tanh(v):
 
 @triton.jit
 def logits_of(product, alpha, bias, n: tl.constexpr, PER_STREAM: tl.constexpr):
-    """Logits of every map from normalised products, as columns, and what alpha multiplies."""
-    logits, scaled = (), ()
+    """Logits of every map from normalised products, as columns."""
+    logits = ()
     for k in tl.static_range(n * n + 2 * n):
         u = tanh(product[k]) if PER_STREAM else product[k]
-        scaled += (u,)
         logits += (tl.load(alpha + tl.minimum(k // n, 2)) * u + tl.load(bias + k),)
-    return logits, scaled
+    return logits
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def separate(tile, FENCE: tl.constexpr):
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def mapping_kernel(
     x,
     f,
@@ -150,7 +150,7 @@ def mapping_kernel(
         column = k * n + g if PER_STREAM else k
         tl.store(product + t * K + column[None, :], sums[g] * inverse[:, None], mask=tokens & (k < WIDTH)[None, :])
     tl.debug_barrier()
-    logits, _ = logits_of(load_columns(product, t, tokens, K), alpha, bias, n, PER_STREAM)
+    logits = logits_of(load_columns(product, t, tokens, K), alpha, bias, n, PER_STREAM)
     number = None
     if scalar is not None:
         number = tl.load(scalar)
@@ -200,7 +200,7 @@ def padded_columns(n: int, per_stream: bool) -> int:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """tf32 holds bf16 and fp16 streams exactly and rounds phi (paper, eq. 10); fp32 streams get fp32's accuracy from three products."""
+    """tf32 holds bf16 and fp16 streams exactly and rounds phi (paper, eq. 10); three products give fp32 streams fp32's accuracy."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
@@ -220,16 +220,15 @@ def launch_mapping(
     tokens, n, channels = x.shape
     phi, alpha, bias = parameters
     f, h_post, h_res = previous if previous is not None else (None, None, None)
-    small = {"dtype": torch.float32, "device": x.device}
     out = {
-        "h_pre": torch.empty(tokens, n, **small),
-        "h_post": torch.empty(tokens, n, **small),
-        "h_res": torch.empty(tokens, n, n, **small),
-        "product": torch.empty(tokens, n * n + 2 * n, **small),
-        "inverse_rms": torch.empty(tokens, n if manifold.per_stream else 1, **small),
+        "h_pre": x.new_empty(tokens, n, dtype=torch.float32),
+        "h_post": x.new_empty(tokens, n, dtype=torch.float32),
+        "h_res": x.new_empty(tokens, n, n, dtype=torch.float32),
+        "product": x.new_empty(tokens, n * n + 2 * n, dtype=torch.float32),
+        "inverse_rms": x.new_empty(tokens, n if manifold.per_stream else 1, dtype=torch.float32),
     }
     if with_y:
-        out["y"] = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
+        out["y"] = x.new_empty(tokens, channels)
     if previous is not None:
         out["x_next"] = torch.empty_like(x)
     if tokens:

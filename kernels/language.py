@@ -1,4 +1,4 @@
-"""Triton, ready for the machine at hand: compiled on a GPU, interpreted (and repaired) on a CPU when the kernels are asked for there.
+"""Triton, ready for the machine at hand: compiled on a GPU, interpreted (and repaired) on a CPU when asked for there.
 
 Triton decides between compiler and interpreter while its own modules load, from TRITON_INTERPRET. With `PIPEHC_KERNELS=triton` and
 no GPU this module chooses the interpreter; otherwise it leaves the environment alone.

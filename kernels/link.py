@@ -1,9 +1,10 @@
 """Leaving half of a sub-layer's backward to a launch that reads the same rows anyway.
 
-A sub-layer is x' = H_res x + H_post^T F(y). Backward starts at its end, in `post_res`, where only the gradient of f is needed at once:
-F waits for it. Everything else - the gradients of H_res, H_post and x - is needed only after F's backward, when the operation that
-computed the coefficients from the same x (`coefficients_pre` or `post_res_pre`) runs its own. So `post_res` hands it the gradient
-of x' and f, and returns nothing for x, H_post and H_res. That saves reading x once, and writing and reading a partial gradient of x.
+A sub-layer is x' = H_res x + H_post^T F(y). Backward starts at its end, in `post_res`, where only the gradient of f is needed at
+once: F waits for it. Everything else - the gradients of H_res, H_post and x - is needed only after F's backward, when the operation
+that computed the coefficients from the same x (`coefficients_pre` or `post_res_pre`) runs its own. So `post_res` hands it the
+gradient of x' and f, and returns nothing for x, H_post and H_res. That saves reading x once, and writing and reading a partial
+gradient of x.
 
 The pair is found by a `Link` on the coefficient tensors. It is used only if post_res gets exactly the x, H_post and H_res of that
 operation, once, in one autograd graph, and neither coefficient has hooks or retains its gradient; otherwise post_res computes all
@@ -53,7 +54,7 @@ class Link:
 
 def claim(x: Tensor, h_post: Tensor, h_res: Tensor) -> Link | None:
     """The link of these three, taken for good, or None if there is none to use."""
-    link = getattr(h_res, _ATTRIBUTE, None)
+    link: Link | None = getattr(h_res, _ATTRIBUTE, None)
     if link is None or getattr(h_post, _ATTRIBUTE, None) is not link or link._claimed or not link._accepts(x):
         return None
     if not (h_post.requires_grad and h_res.requires_grad) or any(h.retains_grad or h._backward_hooks for h in (h_post, h_res)):

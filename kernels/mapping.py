@@ -19,7 +19,7 @@ _SAVED = ("h_pre", "h_post", "h_res", "product", "inverse_rms")
 
 
 class Mapping(torch.autograd.Function):
-    """(x', y, H_pre, H_post, H_res) of x and, for post_res_pre, the previous f, H_post and H_res; None for x' or y not asked for."""
+    """(x', y, H_pre, H_post, H_res) of x and, for post_res_pre, the previous f, H_post, H_res; None for what is not asked for."""
 
     @classmethod
     def run(

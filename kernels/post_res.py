@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment,misc"
 """F_post,res: the streams after a sub-layer, x' = H_res x + H_post^T f."""
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def post_res_reference(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> T
     return torch.addcmul(mixed, h_post.to(dtype).unsqueeze(-1), f.to(dtype).unsqueeze(1)).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def post_res_kernel(x, f, h_post, h_res, x_next, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
@@ -61,7 +62,7 @@ def post_res_kernel(x, f, h_post, h_res, x_next, T, C, n: tl.constexpr, BT: tl.c
         tl.store(x_next + t * (n * C) + i * C + c, out.to(x_next.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def post_res_backward_kernel(
     x, f, h_post, h_res, d_x_next, d_x, d_f, d_post, d_res, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
 ):
@@ -99,7 +100,7 @@ def post_res_backward_kernel(
             tl.store(d_res + t * (n * n) + i * n + j, tl.sum(res_sums[j * n + i], 1, keep_dims=True), mask=tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def branch_backward_kernel(h_post, d_x_next, d_f, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """The gradient of f alone: what a linked post_res owes at once."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]

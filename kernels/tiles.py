@@ -1,5 +1,6 @@
-"""Device functions that several kernels share. A *column* is one number per token, [BT]; n numbers per token are a tuple of columns,
-held in registers; a *tile* is a block of one stream, [BT, BC]."""
+# mypy: disable-error-code="assignment,misc"
+"""Device functions that several kernels share. A *column* is one number per token, [BT, 1]; n numbers per token are a tuple of
+columns, held in registers; a *tile* is a block of one stream, [BT, BC]."""
 
 from pipehc.kernels.language import tl, triton
 
@@ -24,7 +25,7 @@ def load_tiles(pointer, t, c, C, mask, n: tl.constexpr):
 
 @triton.jit
 def fold(tile):
-    """Sum of a tile over groups of eight neighbouring channels, [BT, BC // 8]: a group lies in one thread, so this needs no shuffle.
+    """Sum of a tile over groups of eight neighbouring channels, [BT, BC // 8]: a group lies in one thread and needs no shuffle.
     Accumulate these, and sum the remaining lanes once at the end of a row."""
     return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 8]), 2)
 
@@ -39,6 +40,25 @@ def zeros(count: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
 
 
 @triton.jit
+def row_sums(accumulators, count: tl.constexpr, PADDED: tl.constexpr, MAX_LEVELS: tl.constexpr = 7):
+    """[BT, PADDED], column k the row sum of accumulator k of `count`, zeros after: one reduction for all instead of one each.
+    PADDED is a power of two, at most 2 ** MAX_LEVELS."""
+    parts = accumulators
+    for _ in tl.static_range(PADDED - count):
+        parts += (tl.zeros_like(accumulators[0]),)
+    lanes: tl.constexpr = accumulators[0].shape[1]
+    rows: tl.constexpr = accumulators[0].shape[0]
+    # Each round halves the tuple and adds a last dimension of size 2, whose bit comes after those of the rounds before.
+    for level in tl.static_range(MAX_LEVELS):
+        if PADDED >> (level + 1) > 0:
+            pairs = ()
+            for k in tl.static_range(PADDED >> (level + 1)):
+                pairs += (tl.join(parts[k], parts[k + (PADDED >> (level + 1))]),)
+            parts = pairs
+    return tl.sum(tl.reshape(parts[0], [rows, lanes, PADDED]), 1)
+
+
+@triton.jit
 def store_rounded(pointer, value, mask):
     """Store fp32 values in the dtype of the pointer. fp16 saturates: the gradient of a row of zeros is huge, but stays finite."""
     if pointer.dtype.element_ty == tl.float16:
@@ -47,5 +67,5 @@ def store_rounded(pointer, value, mask):
 
 
 def block_channels(n: int) -> int:
-    """Channels of one tile of 16 tokens: eight per thread of four warps, half of that where more than four streams share registers."""
+    """Channels of one tile of 16 tokens: eight per thread of four warps, half of that for more than four streams."""
     return 64 if n <= 4 else 32

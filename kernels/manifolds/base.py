@@ -31,7 +31,7 @@ class Manifold(ABC):
     @property
     @abstractmethod
     def device_functions(self) -> tuple[Any, Any]:
-        """Triton functions of the same map and its gradient. z and grad are tuples of n*n columns, row-major, scalar is fp32 or None:
+        """Triton functions of the same map and its gradient. z, grad: tuples of n*n columns, row-major; scalar: fp32 or None.
 
         map(z, scalar, n, SETTINGS) -> tuple of n*n columns
         backward(z, grad, scalar, n, SETTINGS) -> (gradient by z, gradient by the scalar as a column)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment,misc"
 """mHC: Sinkhorn-Knopp onto the doubly stochastic matrices (paper eq. 9 and 19)."""
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def _iterate(logits: Tensor, iterations: int, keep_sums: bool) -> tuple[Tensor, 
     return m, log_columns.exp(), sums
 
 
-# The kernels write iteration t >= 2 as M = diag(r) K diag(c) with K the result of the first: c = 1 / K^T r, then r = 1 / K c. The state
-# is then r alone. Backward needs every (r, c) once, last to first: it holds four of them at a time and recomputes the ones before.
+# The kernels write iteration t >= 2 as M = diag(r) K diag(c) with K the result of the first: c = 1 / K^T r, then r = 1 / K c. The
+# state is then r alone. Backward needs every (r, c) once, last to first: it holds four of them and recomputes the ones before.
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def sinkhorn(z, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
 
 @triton.jit
 def sinkhorn_backward(z, grad, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
-    k, after_columns = _first_iteration(z, n)
+    k, row_sums = _first_iteration(z, n)
     m = sinkhorn(z, scalar, n, SETTINGS)
     p = ()
     for e in tl.static_range(n * n):
@@ -122,7 +123,7 @@ def sinkhorn_backward(z, grad, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
     for s in range(full):
         p = _reverse(k, p, (full - 1 - s) * segment, segment, n)
     p = _through_rows(p, k, n)
-    return _through_columns(p, after_columns, n), tl.zeros_like(z[0])
+    return _through_columns(p, _scaled(k, row_sums, _ones(z, n), n), n), tl.zeros_like(z[0])
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def _reverse(k, p, start, count: tl.constexpr, n: tl.constexpr):
 
 @triton.jit
 def _first_iteration(z, n: tl.constexpr):
-    """(after columns and rows, after columns), on logarithms: see `_iterate`."""
+    """The result, and the row sums it divided by; on logarithms, see `_iterate`."""
     logs = ()
     for j in tl.static_range(n):
         top = z[j]
@@ -155,7 +156,7 @@ def _first_iteration(z, n: tl.constexpr):
         for i in tl.static_range(n):
             total += tl.exp(z[i * n + j] - top)
         logs += (top + tl.log(total),)
-    after_rows, after_columns = (), ()
+    after_rows, row_sums = (), ()
     for i in tl.static_range(n):
         top = z[i * n] - logs[0]
         for j in tl.static_range(1, n):
@@ -164,9 +165,9 @@ def _first_iteration(z, n: tl.constexpr):
         for j in tl.static_range(n):
             total += tl.exp(z[i * n + j] - logs[j] - top)
         for j in tl.static_range(n):
-            after_columns += (tl.exp(z[i * n + j] - logs[j]),)
             after_rows += (tl.exp(z[i * n + j] - logs[j] - top) / total,)
-    return after_rows, after_columns
+        row_sums += (tl.exp(top) * total,)
+    return after_rows, row_sums
 
 
 @triton.jit

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment,misc"
 """Harmonized HC: raw HC pulled towards the identity by one scalar for the whole depth, which a feedback loop sets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment,misc"
 """A blend of the isometric and the doubly stochastic map."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment,misc"
 """HC: the unconstrained map. H_res = I + offset, exactly as computed."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
+# mypy: disable-error-code="assignment,misc"
 """IsoHC: the nearest map that keeps the mean over streams and the energy of every channel (polar retraction)."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -61,7 +61,7 @@ class Isometric(Manifold):
 
 
 def lowest(condition: float) -> float:
-    """Least singular value at the start: the Frobenius norm that X_0 is divided by is at most 4 times the largest one for n <= 17."""
+    """Least singular value at the start: the Frobenius norm that X_0 is divided by is at most 4 times the largest for n <= 17."""
     return HIGHEST / (condition * 4.0)
 
 
@@ -118,9 +118,11 @@ class _Retract(torch.autograd.Function):
 
 
 def _centred(logits: Tensor) -> Tensor:
-    """U U^T logits U U^T: rows and columns with their means taken out."""
-    rows = logits - logits.mean(-1, keepdim=True)
-    return rows - rows.mean(-2, keepdim=True)
+    """U U^T logits U U^T: rows and columns with their means taken out, twice, so that large means leave no rounding behind."""
+    for _ in range(2):
+        logits = logits - logits.mean(-1, keepdim=True)
+        logits = logits - logits.mean(-2, keepdim=True)
+    return logits
 
 
 def _norm(centred: Tensor) -> Tensor:
@@ -255,6 +257,11 @@ def _gram(x, n: tl.constexpr):
 
 @triton.jit
 def _centre(z, n: tl.constexpr):
+    return _centre_once(_centre_once(z, n), n)
+
+
+@triton.jit
+def _centre_once(z, n: tl.constexpr):
     row_means, column_means = (), ()
     mean = tl.zeros_like(z[0])
     for i in tl.static_range(n):
