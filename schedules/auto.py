@@ -27,7 +27,7 @@ from pipehc.schedules.simulate import SimulationResult, simulate
 
 PLACEMENTS: dict[str, Callable[[int], Placement]] = {"linear": linear, "v": vee, "bidirectional": bidirectional}
 ALGORITHM = 1  # part of the cache key: raise it when results change
-ACTIONS_PER_SECOND = 150_000  # that a slow machine places: the budget is counted in actions, the clock seldom ends it
+ACTIONS_PER_SECOND = 200_000  # that a slow machine places: the budget is counted in actions, the clock seldom ends it
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def auto_report(
     """Searches for the fastest schedule within the cap.
 
     max_live: activations of 1/P of the model that a rank may hold, from the start of F to the end of W; None: no limit.
-    placements: those allowed, of linear, v and bidirectional. time_limit: seconds, after which the best so far is returned.
+    placements: those allowed, of linear, v and bidirectional. time_limit: seconds, after which the best so far is returned; the
+        named schedules are looked at in any case.
     seed: the same seed gives the same schedule, unless the clock stops the search (see AutoReport.cut_short).
     cache: folder that keeps results by content; in memory they are kept in any case.
     Raises ValueError, naming key and value, for what is not allowed, and if no schedule can respect the cap.
@@ -131,7 +132,7 @@ def _search(
             f"{' or '.join(placements)}; two lanes need an even number of micro-batches and 2 live activations, v needs 1"
         )
     bound = min(problem.bound for problem in open_problems)
-    examples = _named(open_problems, costs, deadline)
+    examples = _named(open_problems, costs)
     found = [(result.makespan, schedule) for schedule, result in examples]
     named, named_makespan = (found[0][1].name, found[0][0]) if found else (None, float("inf"))
     race = Race(open_problems, Budget(time_limit * ACTIONS_PER_SECOND, deadline), seed)
@@ -151,13 +152,11 @@ def _search(
     return AutoReport(replace(schedule, name="auto"), makespan, bound, named, named_makespan, race.budget.cut_short)
 
 
-def _named(problems: Sequence[Problem], costs: Costs, deadline: float) -> list[tuple[Schedule, SimulationResult]]:
+def _named(problems: Sequence[Problem], costs: Costs) -> list[tuple[Schedule, SimulationResult]]:
     """The named schedules of these problems that respect the cap, and what they cost, the fastest first."""
     found: list[tuple[Schedule, SimulationResult]] = []
     ranks, microbatches, max_live = problems[0].placement.ranks, problems[0].microbatches, problems[0].max_live
     for name in FAMILIES:
-        if found and monotonic() > deadline:
-            break
         try:
             schedule = build(name, ranks, microbatches)
         except ValueError:

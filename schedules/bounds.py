@@ -14,7 +14,7 @@ from pipehc.schedules.placement import Placement
 from pipehc.schedules.schedule import lane_microbatches
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
     """One stage of one lane, its earliest and latest use, counted from the start and to the end of the step."""
 
     rank: int
@@ -45,7 +45,7 @@ def lower_bound(
     activations x lifetime <= cap x time. Over directed links: all messages, after the first can be there and before what must
     follow the last.
     """
-    lanes = _stages(placement, microbatches, costs, forward_only)
+    lanes = stages_of(placement, microbatches, costs, forward_only)
     best = _busiest_link(lanes, costs, forward_only)
     uniform = len(set(costs.microbatch_factors(microbatches))) == 1
     for rank in range(placement.ranks):
@@ -57,7 +57,7 @@ def lower_bound(
     return best
 
 
-def _stages(placement: Placement, microbatches: int, costs: Costs, forward_only: bool) -> list[list[_Stage]]:
+def stages_of(placement: Placement, microbatches: int, costs: Costs, forward_only: bool) -> list[list[Stage]]:
     """[lane][stage], with heads and tails along the lane's chain F 0..S-1, I S-1..0, each I followed by its W."""
     scale = min(1.0, costs.pair_scale)
     factors = costs.stage_factors(placement)
@@ -91,7 +91,7 @@ def _stages(placement: Placement, microbatches: int, costs: Costs, forward_only:
         drain.reverse()
         lanes.append(
             [
-                _Stage(
+                Stage(
                     ranks[s], placement.share, len(own), mean, f[s], b[s], w[s],
                     before[s], before[-1 - s], pace[s], pace[-1 - s], after[s], after[-1 - s], drain[s], drain[-1 - s],
                 )
@@ -101,12 +101,12 @@ def _stages(placement: Placement, microbatches: int, costs: Costs, forward_only:
     return lanes
 
 
-def _work_and_ends(own: list[_Stage]) -> float:
+def _work_and_ends(own: list[Stage]) -> float:
     """All work of a rank, after the first of it can start."""
     return min(s.forward_head for s in own) + sum(s.microbatches * s.mean * (s.f + s.b + s.w) for s in own)
 
 
-def _one_machine(own: list[_Stage], forward_only: bool) -> float:
+def _one_machine(own: list[Stage], forward_only: bool) -> float:
     """Jackson's preemptive schedule, always the available action with the longest tail: optimal if actions could be cut."""
     work: list[tuple[float, float, float]] = []  # head, tail, length
     for s in own:
@@ -135,7 +135,7 @@ def _one_machine(own: list[_Stage], forward_only: bool) -> float:
     return best
 
 
-def _capped(own: list[_Stage], max_live: float) -> tuple[float, float]:
+def _capped(own: list[Stage], max_live: float) -> tuple[float, float]:
     """The idle time that the cap forces at both ends, and Little's law."""
     slots = min(int(max_live / own[0].share + 1e-9), sum(s.microbatches for s in own))
     if slots < 1:
@@ -153,7 +153,7 @@ def _capped(own: list[_Stage], max_live: float) -> tuple[float, float]:
     return before + work + after, head + (lifetimes + ramps) / slots
 
 
-def _busiest_link(lanes: list[list[_Stage]], costs: Costs, forward_only: bool) -> float:
+def _busiest_link(lanes: list[list[Stage]], costs: Costs, forward_only: bool) -> float:
     # edge -> (earliest send, least time after the last arrival, messages)
     loads: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
     for lane in lanes:

@@ -1,6 +1,7 @@
 """The list scheduler: whenever a rank is free it takes the action with the least key, or waits for one with a lesser key.
 
-This is the inner loop of the search: plain lists, no objects, and a run is given up as soon as some rank cannot end in time.
+This is the inner loop of the search: plain lists, no objects, and a run is given up as soon as some rank, or the chain of some
+micro-batch, cannot end in time.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def dispatch(problem: Problem, rules: Rules, cutoff: float = NEVER) -> tuple[flo
     """
     count, rank_of, chunks, slots = problem.count, problem.rank, problem.chunks, problem.slots
     time_f, time_i, time_w = problem.time
+    tail_f, tail_i = problem.tail
     key_f, key_i, key_w = rules.keys
     patience_f, patience_i, patience_w = rules.patience
     limit, pressure, pairs = rules.limit, rules.pressure, rules.pairs
@@ -165,6 +167,8 @@ def dispatch(problem: Problem, rules: Rules, cutoff: float = NEVER) -> tuple[flo
             k = done_f[chosen]
             length = time_f[chosen][k]
             end = now + length
+            if end + tail_f[chosen][k] > cutoff:
+                return NEVER, rows, placed
             done_f[chosen] = k + 1
             live[r] += 1
             target = forward_to[chosen]
@@ -176,6 +180,8 @@ def dispatch(problem: Problem, rules: Rules, cutoff: float = NEVER) -> tuple[flo
             k = done_i[chosen]
             length = time_i[chosen][k]
             end = now + length
+            if end + tail_i[chosen][k] > cutoff:
+                return NEVER, rows, placed
             done_i[chosen] = k + 1
             weights[chosen].append(k)
             target = backward_to[chosen]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipehc.schedules.actions import Action, Cell, Pair
-from pipehc.schedules.bounds import lower_bound
+from pipehc.schedules.bounds import lower_bound, stages_of
 from pipehc.schedules.costs import Costs
 from pipehc.schedules.placement import Placement
 from pipehc.schedules.schedule import Schedule, lane_microbatches
@@ -46,6 +46,7 @@ class Problem:
     stage: list[tuple[int, int]] = field(default_factory=list)  # lane, stage
     rank: list[int] = field(default_factory=list)
     time: tuple[list[list[float]], ...] = ([], [], [])  # [kind][chunk][micro-batch]
+    tail: tuple[list[list[float]], ...] = ([], [])  # [kind][chunk][micro-batch]: least time after the end of an F or an I
     forward_to: list[int] = field(default_factory=list)  # chunk that gets the output, -1 at the exit
     forward_link: list[int] = field(default_factory=list)
     backward_to: list[int] = field(default_factory=list)
@@ -109,7 +110,8 @@ def pose(placement: Placement, microbatches: int, costs: Costs, max_live: float 
     )
     bound = lower_bound(placement, microbatches, costs, max_live=max_live)
     problem = Problem(placement, microbatches, costs, max_live, bound, mirrored, ranks // 2 if mirrored else ranks, count)
-    problem.time = ([], [], [])
+    problem.time, problem.tail = ([], [], []), ([], [])
+    ends = stages_of(placement, microbatches, costs, False)
     edges: dict[tuple[int, int], int] = {}
     for lane in range(1 if mirrored else lanes):
         own = [sizes[m] for m in lane_microbatches(microbatches, lanes, lane)]
@@ -125,6 +127,11 @@ def pose(placement: Placement, microbatches: int, costs: Costs, max_live: float 
             problem.rank.append(at[s])
             for kind, name in enumerate("FIW"):
                 problem.time[kind].append([costs.time(name) * factors[lane][s] * size for size in own])
+            least = ends[lane][s]
+            for tails, rest, drain in zip(
+                problem.tail, (least.forward_tail, least.backward_tail), (least.forward_drain, least.backward_drain)
+            ):
+                tails.append([rest + (count - 1 - k) * drain for k in range(count)])
             problem.forward_to.append(base + s + 1 if s < last else -1)
             problem.forward_link.append(edge(s, s + 1) if s < last else -1)
             problem.backward_to.append(base + s - 1 if s else -1)

@@ -10,7 +10,7 @@ from time import monotonic
 from pipehc.schedules.schedule import Schedule
 from pipehc.schedules.search.dispatch import NEVER, Rules, dispatch
 from pipehc.schedules.search.problem import Op, Problem
-from pipehc.schedules.search.rules import change, imitate, priorities, retrace, steady
+from pipehc.schedules.search.rules import change, imitate, plain, priorities, retrace, steady
 from pipehc.schedules.spans import Span
 
 ROUNDING = 1 - 1e-9  # what is better by less than this is the same
@@ -60,6 +60,7 @@ class Race:
     def run(self, examples: Sequence[tuple[Schedule, Sequence[Span]]]) -> None:
         """Fills `best`. `examples` are schedules to start from, with their simulated spans."""
         for problem in self.problems:
+            self._try(problem, plain(problem), NEVER)
             for schedule, spans in examples:
                 if schedule.placement == problem.placement:
                     for rules in imitate(problem, schedule, spans):
@@ -76,7 +77,10 @@ class Race:
             survivors, rounds = max(1, survivors // 2), rounds - 1
 
     def _explore(self, until: float) -> list[Candidate]:
-        """Random rules, every second ones of a steady state, the placements in turn. Returns the best of each placement, sorted."""
+        """Random rules, every second ones of a steady state. Returns the best of each placement, sorted.
+
+        The placements take turns, but those that are behind get less.
+        """
         found: dict[int, list[Candidate]] = {id(problem): [] for problem in self.problems}
         for candidate in self.best:
             found[id(candidate.problem)].append(candidate)
@@ -85,7 +89,7 @@ class Race:
         while not self.won and not self.budget.over(until):
             turn += 1
             open_problems = [p for p in self.problems if not self.best or p.bound < self.best[0].makespan * ROUNDING]
-            problem = min(open_problems, key=lambda p: spent[id(p)])
+            problem = min(open_problems, key=lambda p: spent[id(p)] * self._handicap(found[id(p)]))
             own = found[id(problem)]
             rules = steady(problem, self.random) if turn % 2 else priorities(problem, self.random)
             before = self.budget.used
@@ -115,6 +119,9 @@ class Race:
                 current = tried
                 best = min(best, tried)
         return best
+
+    def _handicap(self, own: Sequence[Candidate]) -> float:
+        return (own[0].makespan / self.best[0].makespan) ** 30 if own else 1.0
 
     def _try(self, problem: Problem, rules: Rules, cutoff: float) -> Candidate | None:
         makespan, rows, placed = dispatch(problem, rules, cutoff)

@@ -12,6 +12,14 @@ from pipehc.schedules.search.problem import FORWARD, INPUT, PAIR, WEIGHT, Op, Pr
 from pipehc.schedules.spans import Span
 
 
+def plain(problem: Problem) -> Rules:
+    """Never idle: backwards, then forwards, then weight gradients, but these first when memory is full. Always gets to the end."""
+    chunks, unit = len(problem.rank), problem.unit
+    keys = tuple([[start] * problem.count for _ in range(chunks)] for start in (unit, 0.0, 2 * unit))
+    never_idle = ([NEVER] * chunks, [NEVER] * chunks, [NEVER] * chunks)
+    return Rules(keys, never_idle, problem.limit, 3 * unit, problem.costs.pair_scale < 1)
+
+
 def priorities(problem: Problem, random: Random) -> Rules:
     """One key for all micro-batches of a chunk and kind: backwards first or forwards first, weight gradients last."""
     unit = problem.unit
