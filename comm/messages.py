@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -66,7 +67,7 @@ class Mailbox:
         try:
             work = dist.irecv(tensor, group=self._groups[edge], group_src=_position(edge, edge[0]))
         except RuntimeError as error:
-            raise PeerError(f"cannot receive the {message}: {_first_line(error)}") from error
+            raise PeerError(f"cannot receive the {message}: {first_line(error)}") from error
         self._received[message] = self._pending(message, "recv", work, tensor, edge)
 
     def wait(self, message: tuple) -> torch.Tensor:
@@ -86,7 +87,7 @@ class Mailbox:
         try:
             work = dist.isend(tensor, group=self._groups[edge], group_dst=_position(edge, edge[1]))
         except RuntimeError as error:
-            raise PeerError(f"cannot send the {message}: {_first_line(error)}") from error
+            raise PeerError(f"cannot send the {message}: {first_line(error)}") from error
         self._sent.append((message, self._pending(message, "send", work, tensor, edge)))
 
     def drain(self) -> None:
@@ -120,7 +121,7 @@ class Mailbox:
                 done = pending.work.wait(self._timeout)
         except RuntimeError as error:
             waited = time.monotonic() - pending.since
-            raise PeerError(f"{doing} failed after {waited:.1f} s: {_first_line(error)}") from error
+            raise PeerError(f"{doing} failed after {waited:.1f} s: {first_line(error)}") from error
         if done is False:
             raise PeerError(f"{doing} took longer than {self._timeout.total_seconds():.0f} s")
         self.waiting = None
@@ -140,5 +141,7 @@ def _bytes(tensor: torch.Tensor) -> str:
     return f"{tensor.numel() * tensor.element_size()} bytes"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    """gloo's errors open with the place in its sources and end with a greeting; neither helps a user."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+\] ", "", line).split(" This is typically")[0]

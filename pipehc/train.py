@@ -28,7 +28,7 @@ import torch.distributed as dist
 from pipehc import parameters
 from pipehc.checkpoint import Checkpoints
 from pipehc.comm.handshake import overlap_warnings
-from pipehc.comm.messages import PeerError
+from pipehc.comm.messages import PeerError, first_line
 from pipehc.comm.watchdog import Watchdog, stopped_siblings
 from pipehc.config import Config, ConfigError, add_config_arguments, check_data, check_world_size, run_with_config, to_yaml
 from pipehc.data import Sampler, Splits, open_splits
@@ -100,7 +100,7 @@ def run(config: Config) -> int:
     except ConfigError:
         raise
     except Exception as error:
-        progress.report(f"ended {progress.doing}: {error if _is_end_of_job(error) else traceback.format_exc()}")
+        progress.report(f"ended {progress.doing}: {first_line(error) if _is_end_of_job(error) else traceback.format_exc()}")
         return 1
     dist.destroy_process_group()
     return 0
@@ -174,7 +174,13 @@ def train(config: Config, progress: Progress) -> None:
                 evaluate(step)
             if _is_due(step, config.checkpoint.interval, train.steps):
                 progress.doing = f"while saving the checkpoint of step {step}"
-                extra = {"data": splits.info.fingerprint, "config": to_yaml(config), "feedback": trainer.feedback.state()}
+                extra = {
+                    "data": splits.info.fingerprint,
+                    "samples": trainer.samples_seen,
+                    "feedback": trainer.feedback.state(),
+                    "config": to_yaml(config),
+                }
+                trainer.check_replicas()  # what has drifted apart must not replace a good checkpoint
                 checkpoints.save(step, trainer.state(), extra, {"rng": torch.get_rng_state()})
         reporter.finish()
 
@@ -261,6 +267,7 @@ def _resume(config: Config, trainer: Trainer, checkpoints: Checkpoints, splits: 
     if restored.rank_state is not None:
         torch.set_rng_state(restored.rank_state["rng"])
     trainer.after_load()
+    trainer.samples_seen = restored.extra["samples"]
     trainer.feedback.load(restored.extra["feedback"])
     trainer.apply_feedback()
     return restored.step, path

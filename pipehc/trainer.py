@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,15 +85,16 @@ class Trainer:
             compare_neighbours(facts, messages)
         except ValueError as error:
             raise TrainingError(str(error)) from error
+        self.samples_seen = 0  # of the training split; where the next step goes on, whatever the batch size was before
         self.observers: list[Observer] = []  # of every instruction, in training and evaluation
         self.mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, config.runtime.timeout_s)
 
     def step(self, step: int, split: Split, sampler: Sampler) -> StepResult:
-        """Trains on the samples of step `step` (from 1). Raises TrainingError, on every rank and before any weight changes, if
-        the loss of a micro-batch or the gradient norm is not finite."""
+        """Trains on the next samples, as step `step` (from 1). Raises TrainingError, on every rank and before any weight changes,
+        if the loss of a micro-batch or the gradient norm is not finite."""
         self.optimizer.zero_grad()
         with self._gain.tracking() if self._gain else nullcontext():
-            loss = self._run(self.train_program, split, sampler, first=(step - 1) * self.config.train.global_batch, step=step)
+            loss = self._run(self.train_program, split, sampler, first=self.samples_seen, step=step)
         if self._gain:
             self._gain.start(self.device)
         self.optimizer.reduce_gradients()
@@ -102,6 +104,7 @@ class Trainer:
         except FloatingPointError as error:
             raise TrainingError(f"step {step}: {error}, on all ranks; no weight was changed") from error
         self.optimizer.update_expert_bias()
+        self.samples_seen += self.config.train.global_batch
         gain = self._gain.finish() if self._gain else None
         if gain is not None and self.config.residual.kind == "harmonized":
             self.feedback.update(gain)
@@ -111,11 +114,12 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, split: Split, step: int) -> float:
         """Mean loss in nats per token over the first `evaluation.samples` samples of `split`; they repeat if it has fewer."""
-        replicas = self.groups.dp_size
-        schedule = build(
-            self.config.schedule.name, self.config.parallel.pp, self.config.evaluation_microbatches(replicas), forward=True
-        )
-        return self._run(compile(schedule), split, InOrder(len(split)), first=0, step=step)
+        return self._run(self._evaluation_program, split, InOrder(len(split)), first=0, step=step)
+
+    @cached_property
+    def _evaluation_program(self) -> Program:
+        microbatches = self.config.evaluation_microbatches(self.groups.dp_size)
+        return compile(build(self.config.schedule.name, self.config.parallel.pp, microbatches, forward=True))
 
     def check_replicas(self) -> None:
         """Raises TrainingError, on every rank, unless all ranks that hold a weight hold the same bits of it. Collective."""
@@ -158,7 +162,7 @@ class Trainer:
             key: ModelStage(chain, self._queues, microbatch, 1.0 / tokens_in_all, recompute=self.config.recompute.enabled)
             for key, chain in self._chains.items()
         }
-        execute(program.instructions[self.groups.pp_rank], schedule.placement, stages, self.mailbox, self.observers)
+        execute(program.instructions[self.groups.pp_rank], schedule.placement, stages, self.mailbox, self.observers, self.config.runtime.overlap)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
         finite = bool(torch.isfinite(total))

@@ -52,6 +52,7 @@ def test_a_step_descends_the_mean_loss_of_its_samples():
 
         found, step = {}, trainer.optimizer.step
         trainer.optimizer.step = lambda lr: found.update(trainer.optimizer.gradients()) or step(lr)
+        trainer.samples_seen = 8 * (STEP - 1)
         result = trainer.step(STEP, split, sampler)
         assert sorted(set(split.drawn)) == sorted(set(expected))
         assert result.loss == pytest.approx(float(loss), rel=1e-6)
