@@ -21,12 +21,14 @@ from pipehc.schedules.costs import Costs
 from pipehc.schedules.families import FAMILIES, build
 from pipehc.schedules.placement import Placement, bidirectional, linear, vee
 from pipehc.schedules.schedule import Schedule
+from pipehc.schedules.search.dispatch import NEVER
 from pipehc.schedules.search.problem import Problem, pose
 from pipehc.schedules.search.race import Budget, Race
 from pipehc.schedules.simulate import SimulationResult, simulate
 
 PLACEMENTS: dict[str, Callable[[int], Placement]] = {"linear": linear, "v": vee, "bidirectional": bidirectional}
 ALGORITHM = 1  # part of the cache key: raise it when results change
+ATTEMPTS = 8
 ACTIONS_PER_SECOND = 200_000  # that a slow machine places: the budget is counted in actions, the clock seldom ends it
 
 
@@ -123,7 +125,7 @@ def _search(
     time_limit: float,
     seed: int,
 ) -> AutoReport:
-    deadline = monotonic() + time_limit
+    deadline = monotonic() + 0.95 * time_limit  # what is left is for the last checks
     problems = [pose(PLACEMENTS[name](ranks), microbatches, costs, max_live) for name in placements]
     open_problems = sorted((p for p in problems if p is not None), key=lambda p: p.bound)
     if not open_problems:
@@ -135,21 +137,26 @@ def _search(
     examples = _named(open_problems, costs)
     found = [(result.makespan, schedule) for schedule, result in examples]
     named, named_makespan = (found[0][1].name, found[0][0]) if found else (None, float("inf"))
-    race = Race(open_problems, Budget(time_limit * ACTIONS_PER_SECOND, deadline), seed)
-    if named_makespan > bound * (1 + 1e-9):
+    budget = Budget(time_limit * ACTIONS_PER_SECOND, deadline)
+    # The list scheduler has every receive posted in time, a program only some ahead, and the program is what counts. So it may take
+    # another race, with other dice, to find what is as good as a program.
+    for attempt in range(ATTEMPTS):
+        if found and (found[0][0] <= bound * (1 + 1e-9) or budget.over(NEVER)):
+            break
+        race = Race(open_problems, budget, seed + attempt * 1_000_003)
         race.run([(schedule, result.spans) for schedule, result in examples])
-    for candidate in race.best:
-        if found and found[0][0] <= candidate.makespan * (1 + 1e-9):
-            break
-        # The list scheduler posts every receive at once, a program only some ahead: the program is what counts.
-        schedule = candidate.problem.schedule(candidate.rows, "auto")
-        found.append((simulate(schedule, costs).makespan, schedule))
-        found.sort(key=lambda x: x[0])
-        if monotonic() > deadline:
-            break
+        for candidate in race.best:
+            if found and found[0][0] <= candidate.makespan * (1 + 1e-9):
+                break
+            schedule = candidate.problem.schedule(candidate.rows, "auto")
+            found.append((simulate(schedule, costs).makespan, schedule))
+            found.sort(key=lambda x: x[0])
+            budget.spend(0)
+            if budget.cut_short:
+                break
     makespan, schedule = found[0]
     assert max_live is None or max(check(schedule).peak_live) <= max_live + 1e-9
-    return AutoReport(replace(schedule, name="auto"), makespan, bound, named, named_makespan, race.budget.cut_short)
+    return AutoReport(replace(schedule, name="auto"), makespan, bound, named, named_makespan, budget.cut_short)
 
 
 def _named(problems: Sequence[Problem], costs: Costs) -> list[tuple[Schedule, SimulationResult]]:
