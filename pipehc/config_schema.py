@@ -157,6 +157,11 @@ class RuntimeConfig(Section):
     timeout_s: Positive = 120.0
 
 
+class TraceConfig(Section):
+    steps: Annotated[tuple[Size, Size], AsTuple] | None = None  # the first and the last step to record
+    nvtx: bool = False
+
+
 class Config(Section):
     model: ModelConfig
     residual: ResidualConfig
@@ -170,6 +175,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig
     runtime: RuntimeConfig = RuntimeConfig()
+    trace: TraceConfig = TraceConfig()
 
     @property
     def lanes(self) -> int:
@@ -260,6 +266,8 @@ def _training_problems(config: Config) -> Iterator[str]:
     fractions = [fraction for fraction, _ in optimizer.decay]
     if any(late <= early for early, late in pairwise(fractions)):
         yield f"optimizer.decay: fractions {fractions}: must increase"
+    if config.trace.steps is not None and config.trace.steps[0] > config.trace.steps[1]:
+        yield f"trace.steps: {list(config.trace.steps)}: the first step must not be after the last"
     if config.data.kind == "megatron" and not config.data.paths:
         yield "data.paths: []: must name at least one prefix of a .bin/.idx pair with data.kind megatron"
 

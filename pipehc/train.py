@@ -116,8 +116,11 @@ def _quiet_libraries() -> None:
 def train(config: Config, progress: Progress) -> None:
     """The training loop of one process."""
     # Megatron takes seconds to import: a wrong configuration should not have to wait for it.
+    from pipehc.trace import NvtxRanges, traced
     from pipehc.trainer import Trainer, TrainingError
 
+    if config.trace.nvtx and not torch.cuda.is_available():
+        raise ConfigError("trace.nvtx: true: needs CUDA; must be false here")
     launcher = _launcher()
     ranks, train = Ranks(), config.train
     try:
@@ -131,7 +134,7 @@ def train(config: Config, progress: Progress) -> None:
     progress.doing = "while building the model"
     trainer = Trainer(config)
     watchdog.watch(trainer.mailbox)
-    trainer.observers.append(watchdog)
+    trainer.observers += [watchdog, NvtxRanges()] if config.trace.nvtx else [watchdog]
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, layout=_layout(config))
     progress.doing = "while loading a checkpoint"
     start, source = _resume(config, trainer, checkpoints, splits)
@@ -162,7 +165,7 @@ def train(config: Config, progress: Progress) -> None:
             if _launcher() != launcher:
                 raise TrainingError("torchrun is gone, and with it whoever could stop or restart this training")
             began = time.perf_counter()
-            with watchdog.limited(progress.doing):
+            with watchdog.limited(progress.doing), traced(trainer, step, folder / "trace"):
                 result = trainer.step(step, splits.train, sampler)
             tokens_per_s = train.global_batch * train.sequence_length / (time.perf_counter() - began)
             if step % config.run.log_interval == 0 or step == train.steps:

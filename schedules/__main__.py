@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipehc.schedules.auto import auto_report
 from pipehc.schedules.check import ScheduleError
 from pipehc.schedules.compile import compile
 from pipehc.schedules.costs import Costs
-from pipehc.schedules.draw import Timeline, chrome_trace, page, png, simulated, svg
+from pipehc.schedules.draw import Timeline, chrome_trace, page, png, recorded, simulated, svg
 from pipehc.schedules.families import FAMILIES, build
+from pipehc.schedules.recording import Recording, measured_costs
 from pipehc.schedules.schedule import Schedule
 
 _TIMES = {
@@ -44,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     show = parser.add_subparsers(required=True, metavar="show").add_parser(
         "show", help="draw a schedule in the terminal, or to files"
     )
-    show.add_argument("name", metavar="NAME", help=f"{', '.join(FAMILIES)}, auto (a search), or a CSV file")
+    show.add_argument("name", metavar="NAME", help=f"{', '.join(FAMILIES)}, auto (a search), a CSV file, or a recorded step (JSON)")
     show.add_argument("--ranks", type=int, metavar="P", help="pipeline ranks (not for a CSV file)")
     show.add_argument("--microbatches", type=int, metavar="M", help="micro-batches of one step, both directions together")
     show.add_argument("--chunks", type=int, metavar="V", help="stages per rank, for interleaved")
@@ -68,14 +70,23 @@ def _parser() -> argparse.ArgumentParser:
 def _show(options: argparse.Namespace) -> None:
     costs = Costs(**{name: getattr(options, name) for name in _TIMES})
     names = [options.name] + ([options.compare] if options.compare else [])
-    schedules = [_schedule(name, options, costs) for name in names]
+    recording = Recording.load(options.name) if options.name.endswith(".json") else None
+    if recording is None:
+        schedules = [_schedule(name, options, costs) for name in names]
+    elif options.compare:
+        raise ValueError("--compare is for schedules: a recorded step is shown below its own simulation")
+    else:
+        schedules = [recording.schedule]
     if options.csv:
         if len(schedules) > 1:
             raise ValueError("--csv holds one schedule: leave out --compare")
         schedules[0].to_csv(options.csv)
     if options.csv and not (options.svg or options.png or options.html or options.trace):
         return
-    timelines = [simulated(compile(schedule, recompute=costs.r > 0, high=costs.high > 0), costs) for schedule in schedules]
+    if recording is not None:
+        timelines = _predicted_and_measured(recording)
+    else:
+        timelines = [simulated(compile(schedule, recompute=costs.r > 0, high=costs.high > 0), costs) for schedule in schedules]
     if not _write(timelines, options):
         from rich.console import Console
 
@@ -83,6 +94,12 @@ def _show(options: argparse.Namespace) -> None:
 
         # A pipe or a file has no width of its own: rich would take 80 columns.
         show(timelines, Console() if sys.stdout.isatty() else Console(width=160))
+
+
+def _predicted_and_measured(recording: Recording) -> list[Timeline]:
+    """The simulation of a recorded step, with the times that it took on average, and the step itself."""
+    predicted = simulated(recording.program(), measured_costs(recording), f"predicted: {recording.title}")
+    return [replace(predicted, unit="ms"), recorded(recording.spans, f"measured: {recording.title}")]
 
 
 def _schedule(name: str, options: argparse.Namespace, costs: Costs) -> Schedule:

@@ -123,7 +123,10 @@ class MegatronCore:
             batch_p2p_sync=False,
         )
         config.hidden_size = job.work.numel
-        config.microbatch_group_size_per_vp_stage = job.ranks
+        # The smallest group that it takes: the rest of the micro-batches must be none, or no fewer than the ranks.
+        config.microbatch_group_size_per_vp_stage = next(
+            size for size in range(job.ranks, job.microbatches + job.ranks) if not 0 < job.microbatches % size < job.ranks
+        )
         alone = [dist.new_group([rank]) for rank in range(job.ranks)][job.rank]
         self.groups = ProcessGroupCollection()
         for name in ("tp", "cp", "dp", "dp_cp", "tp_dp_cp"):

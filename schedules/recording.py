@@ -1,0 +1,132 @@
+"""Recorded steps as JSON files: the spans that the runtime measured, with the schedule that it ran, to compare the two."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from statistics import mean, median
+
+from pipehc.schedules.actions import parse
+from pipehc.schedules.compile import compile
+from pipehc.schedules.costs import Costs
+from pipehc.schedules.interchange import placement_of
+from pipehc.schedules.placement import Placement
+from pipehc.schedules.program import Program
+from pipehc.schedules.schedule import Schedule
+from pipehc.schedules.spans import Span
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One step of one pipeline. Spans are in ms from the start of the step; `rank` in them is the position in the pipeline.
+
+    recompute: whether the program had an R for every backward.
+    """
+
+    title: str
+    schedule: Schedule
+    recompute: bool
+    spans: tuple[Span, ...]
+
+    def program(self) -> Program:
+        return compile(self.schedule, recompute=self.recompute)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the file, whole or not at all."""
+        schedule = self.schedule
+        data = {
+            "format": _FORMAT,
+            "title": self.title,
+            "unit": "ms",
+            "recompute": self.recompute,
+            "schedule": {"name": schedule.name, "microbatches": schedule.microbatches, "forward_only": schedule.forward_only},
+            "rows": [[str(cell) for cell in row] for row in schedule.rows],
+            "span": Span._fields,
+            "spans": [[round(x, 4) if isinstance(x, float) else x for x in span] for span in self.spans],
+        }
+        path = Path(path)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
+        partial.rename(path)
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Recording:
+        """Reads what `save` wrote. Raises ValueError, naming the file, for anything else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != _FORMAT or tuple(data["span"]) != Span._fields:
+                raise ValueError(f"format {data['format']} with spans of {data['span']}")
+            rows = tuple(tuple(parse(cell) for cell in row) for row in data["rows"])
+            schedule = Schedule(placement=placement_of(rows, path), rows=rows, **data["schedule"])
+            return Recording(data["title"], schedule, data["recompute"], tuple(Span(*span) for span in data["spans"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: is no recorded step of this version: {error}") from None
+
+
+def measured_costs(recording: Recording) -> Costs:
+    """What the actions and messages of a recorded step took, for a simulation of the same step.
+
+    Stages differ by one factor each, the same for all their actions. An action takes the mean over its micro-batches, a message
+    the median of its time on the link.
+    """
+    placement = recording.schedule.placement
+    times: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for span in recording.spans:
+        if span.queue == "compute":
+            times[span.kind, span.stage].append(span.end - span.start)
+    stages = range(placement.stages)
+    time = {(kind, s): mean(times[kind, s]) if (kind, s) in times else 0.0 for kind in "FIWBR" for s in stages}
+    split = [s for s in stages if ("I", s) in times]
+    # Where there are both split and full backwards, the split ones tell what each part takes.
+    backward = [time["I", s] + time["W", s] if s in split else time["B", s] for s in stages]
+    halves = sum(time["I", s] for s in split), sum(time["W", s] for s in split)
+    b, share = mean(backward) / placement.share, halves[0] / sum(halves) if sum(halves) else 1.0
+    whole = [time["F", s] + backward[s] for s in stages]
+    return Costs(
+        f=mean(time["F", s] for s in stages) / placement.share,
+        b=b * share,
+        w=b * (1 - share),
+        r=mean(time["R", s] for s in stages) / placement.share,
+        link=median([s.end - s.start for s in recording.spans if s.queue == "recv"] or [0.0]),
+        weights=tuple(stage / mean(whole) for stage in whole) if any(whole) else None,
+    )
+
+
+def link_spans(sent: Iterable[Span], received: Iterable[Span], placement: Placement) -> list[Span]:
+    """Times on the link, from times in the ranks' hands.
+
+    sent: from the call that sends to the end of the transfer, as the sender sees it. received: from the post of the receive to
+    its end. Bytes move once both are there and the link is free of the messages before: the rest of both spans is waiting.
+    """
+    posts = {_message(span): span for span in received}
+    free: dict[tuple[int, int], float] = {}
+    spans: list[Span] = []
+    for send in sorted(sent, key=lambda span: span.start):
+        post = posts.get(_message(send))
+        if post is None:
+            continue
+        edge = send.rank, placement.rank(send.lane, send.stage)
+        start = min(max(send.start, post.start, free.get(edge, 0.0)), post.end)
+        free[edge] = post.end
+        spans += [send._replace(start=start, end=max(start, send.end)), post._replace(start=start)]
+    return spans
+
+
+def merge(parts: Sequence[Sequence[Span]], placement: Placement) -> tuple[Span, ...]:
+    """Spans of one step from those that each rank recorded on a common clock: they start at 0, and messages are on their links."""
+    spans = [span for part in parts for span in part]
+    links = link_spans((s for s in spans if s.queue == "send"), (s for s in spans if s.queue == "recv"), placement)
+    spans = [span for span in spans if span.queue not in ("send", "recv")] + links
+    zero = min((span.start for span in spans), default=0.0)
+    spans = [span._replace(start=span.start - zero, end=span.end - zero) for span in spans]
+    return tuple(sorted(spans, key=lambda span: (span.rank, span.start)))
+
+
+def _message(span: Span) -> tuple[str, int, int, int]:
+    return span.kind, span.lane, span.stage, span.microbatch
