@@ -16,10 +16,15 @@ from pipehc.schedules.draw.timeline import Timeline
 from pipehc.schedules.spans import Span
 
 
+_BLOCKS = 10  # a step fills at most so many lines a rank
+
+
 def show(timelines: Sequence[Timeline], console: Console) -> None:
     """Prints grids and summaries. Numbers are micro-batches; without colours a letter tells the kind (F B I W R, . is a wait)."""
     letters = console.color_system is None
     per_char = min(_time_per_character(timeline, letters) for timeline in timelines)
+    # The shortest action of a recorded step may be very short.
+    per_char = max(per_char, max(timeline.end for timeline in timelines) / (_BLOCKS * console.width))
     for timeline in timelines:
         console.print(Text(timeline.title, style="bold"))
         for line in _grid(timeline, per_char, letters, console.width):
