@@ -150,15 +150,24 @@ class _DeviceClock:
         return self._host_ms + self._zero.elapsed_time(stamp)
 
 
-class NvtxRanges:
-    """An `Observer` that opens an NVTX range for every instruction: Nsight Systems shows them above the kernels."""
+class Markers:
+    """An `Observer` that opens a range for every instruction, for Nsight Systems (NVTX) and torch.profiler."""
+
+    def __init__(self) -> None:
+        self._open: torch.profiler.record_function | None = None
 
     def begin(self, instruction: Instruction) -> None:
-        what = instruction.action if isinstance(instruction, Run) else instruction.message
-        torch.cuda.nvtx.range_push(f"{type(instruction).__name__} {what}")
+        name = f"{type(instruction).__name__} {instruction.action if isinstance(instruction, Run) else instruction.message}"
+        if torch.cuda.is_available():
+            torch.cuda.nvtx.range_push(name)
+        self._open = torch.profiler.record_function(name)
+        self._open.__enter__()
 
     def end(self, instruction: Instruction) -> None:
-        torch.cuda.nvtx.range_pop()
+        assert self._open is not None
+        self._open.__exit__(None, None, None)
+        if torch.cuda.is_available():
+            torch.cuda.nvtx.range_pop()
 
 
 def save_step(

@@ -116,11 +116,9 @@ def _quiet_libraries() -> None:
 def train(config: Config, progress: Progress) -> None:
     """The training loop of one process."""
     # Megatron takes seconds to import: a wrong configuration should not have to wait for it.
-    from pipehc.trace import NvtxRanges, traced
+    from pipehc.trace import Markers, traced
     from pipehc.trainer import Trainer, TrainingError
 
-    if config.trace.nvtx and not torch.cuda.is_available():
-        raise ConfigError("trace.nvtx: true: needs CUDA; must be false here")
     launcher = _launcher()
     ranks, train = Ranks(), config.train
     try:
@@ -134,7 +132,7 @@ def train(config: Config, progress: Progress) -> None:
     progress.doing = "while building the model"
     trainer = Trainer(config)
     watchdog.watch(trainer.mailbox)
-    trainer.observers += [watchdog, NvtxRanges()] if config.trace.nvtx else [watchdog]
+    trainer.observers += [watchdog, Markers()] if config.trace.nvtx else [watchdog]
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, layout=_layout(config))
     progress.doing = "while loading a checkpoint"
     start, source = _resume(config, trainer, checkpoints, splits)
