@@ -155,6 +155,7 @@ class RunConfig(Section):
 
 class RuntimeConfig(Section):
     timeout_s: Positive = 120.0
+    overlap: bool = True
 
 
 class TraceConfig(Section):

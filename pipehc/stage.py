@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pipehc.comm.queues import Queue
+from pipehc.overlap import Half, overlap
 from pipehc.recompute import Chain, Pass
 from pipehc.wgrad import WeightGradStore
 
 Batch = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
+class _Live(NamedTuple):
+    run: Pass
+    store: WeightGradStore
+
+
 class ModelStage:
-    """Runs a stage for the micro-batches of one step; implements `pipehc.schedules.execute.Stage`.
+    """Runs a stage for the micro-batches of one step; implements `pipehc.schedules.execute.OverlapStage`.
 
     chain: of a StageModel; its result is the streams, or the summed loss of the last stage. queues: see `comm.queues.make_queues`.
     batch: micro-batch -> (tokens, labels), both int64 [b, s]; asked by the first and the last stage alone. loss_scale: the factor
@@ -26,14 +32,37 @@ class ModelStage:
     def __init__(
         self, chain: Chain, queues: Mapping[str, Queue], batch: Batch, loss_scale: float, *, recompute: bool = False
     ) -> None:
-        self._chain, self._queues, self._batch, self._loss_scale, self._recompute = chain, queues, batch, loss_scale, recompute
+        self.chain = chain
+        self._queues, self._batch, self._loss_scale, self._recompute = queues, batch, loss_scale, recompute
         needed = {name for piece in chain.pieces for name in piece.inputs}
         self._first, self._last = "tokens" in needed, "labels" in needed
-        self._live: dict[int, tuple[Pass, WeightGradStore]] = {}
+        self._live: dict[int, _Live] = {}
         self._deferred: dict[int, WeightGradStore] = {}
         self.losses: dict[int, torch.Tensor] = {}  # micro-batch -> summed, unscaled loss, on the last stage
 
     def forward(self, microbatch: int, x: torch.Tensor | None) -> torch.Tensor | None:
+        live = self.start_forward(microbatch, x)
+        live.run.forward_all()
+        return self.end_forward(microbatch, live)
+
+    def backward_input(self, microbatch: int, grad: torch.Tensor | None) -> torch.Tensor | None:
+        live = self.start_backward(microbatch, grad)
+        live.run.backward_all()
+        return self.end_backward(live)
+
+    def backward_weight(self, microbatch: int) -> None:
+        self._deferred.pop(microbatch).flush()
+
+    def recompute(self, microbatch: int) -> None:
+        self._live[microbatch].run.rebuild()
+
+    def overlap(
+        self, microbatch: int, x: torch.Tensor | None, other: ModelStage, other_microbatch: int, grad: torch.Tensor | None
+    ) -> Overlapped:
+        return Overlapped(self, microbatch, x, other, other_microbatch, grad)
+
+    def start_forward(self, microbatch: int, x: torch.Tensor | None) -> _Live:
+        """A pass that has its inputs."""
         given: dict[str, Any] = {}
         if x is not None:
             given["x0"] = x
@@ -42,28 +71,66 @@ class ModelStage:
             given |= {"tokens": tokens} if self._first else {}
             given |= {"labels": labels} if self._last else {}
         store = WeightGradStore()
-        run = Pass(self._chain, self._queues, given, recompute=self._recompute, scope=store.deferring)
-        run.forward_all()
-        y: torch.Tensor = run.result()
+        return _Live(Pass(self.chain, self._queues, given, recompute=self._recompute, scope=store.deferring), store)
+
+    def end_forward(self, microbatch: int, live: _Live) -> torch.Tensor | None:
+        """What the next stage gets, once all of the pass is issued."""
+        y: torch.Tensor = live.run.result()
         if torch.is_grad_enabled():
-            self._live[microbatch] = run, store
+            self._live[microbatch] = live
         if self._last:
             self.losses[microbatch] = y
             return None
         return y
 
-    def backward_input(self, microbatch: int, grad: torch.Tensor | None) -> torch.Tensor | None:
-        run, store = self._live.pop(microbatch)
+    def start_backward(self, microbatch: int, grad: torch.Tensor | None) -> _Live:
+        """A pass that has the gradient of its result. Its weight gradients are owed until `backward_weight`."""
+        live = self._live.pop(microbatch)
         if self._last:
             grad = torch.full_like(self.losses[microbatch], self._loss_scale)
         assert grad is not None
-        run.seed(self._chain.result, grad)
-        run.backward_all()
-        self._deferred[microbatch] = store
-        return None if self._first else run.gradient("x0")
+        live.run.seed(self.chain.result, grad)
+        self._deferred[microbatch] = live.store
+        return live
 
-    def backward_weight(self, microbatch: int) -> None:
-        self._deferred.pop(microbatch).flush()
+    def end_backward(self, live: _Live) -> torch.Tensor | None:
+        """What the stage before gets, once all of the backward is issued."""
+        return None if self._first else live.run.gradient("x0")
 
-    def recompute(self, microbatch: int) -> None:
-        self._live[microbatch][0].rebuild()
+
+class Overlapped:
+    """A forward on one stage and the backward of another micro-batch on a stage of this rank, interleaved."""
+
+    def __init__(
+        self,
+        stage: ModelStage,
+        microbatch: int,
+        x: torch.Tensor | None,
+        other: ModelStage,
+        other_microbatch: int,
+        grad: torch.Tensor | None,
+    ) -> None:
+        self._stage, self._microbatch, self._other = stage, microbatch, other
+        self._ahead = stage.start_forward(microbatch, x)
+        self._back = other.start_backward(other_microbatch, grad)
+        halves = Half(stage.chain, self._ahead.run), Half(other.chain, self._back.run)
+        self._steps = overlap(*halves, self._back.store.flush)
+        self._issued: set[str] = set()
+
+    def output(self) -> torch.Tensor | None:
+        """Goes on until the forward's result is there, and returns it."""
+        self._until("output")
+        return self._stage.end_forward(self._microbatch, self._ahead)
+
+    def input_gradient(self) -> torch.Tensor | None:
+        """Goes on until the input gradient is there, and returns it."""
+        self._until("gradient")
+        return self._other.end_backward(self._back)
+
+    def finish(self) -> None:
+        """Does the rest. Weight gradients that are still owed then are left to `backward_weight`."""
+        self._until("end")
+
+    def _until(self, what: str) -> None:
+        while what not in self._issued:
+            self._issued.add(next(self._steps))

@@ -162,7 +162,8 @@ class Trainer:
             key: ModelStage(chain, self._queues, microbatch, 1.0 / tokens_in_all, recompute=self.config.recompute.enabled)
             for key, chain in self._chains.items()
         }
-        execute(program.instructions[self.groups.pp_rank], schedule.placement, stages, self.mailbox, self.observers, self.config.runtime.overlap)
+        instructions, overlap = program.instructions[self.groups.pp_rank], self.config.runtime.overlap
+        execute(instructions, schedule.placement, stages, self.mailbox, self.observers, overlap)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
         finite = bool(torch.isfinite(total))

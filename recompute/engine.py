@@ -10,7 +10,7 @@ Pieces run on the queues that they name; every value and gradient carries the ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -31,10 +31,11 @@ class _Graph(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """Where something was made, and the event that it is complete after."""
+    """Where something was made, the event that it is complete after, and the event's number in this pass."""
 
     queue: Queue
     event: Any
+    number: int
 
 
 class _Dropped(NamedTuple):
@@ -76,6 +77,8 @@ class Pass:
         self._built: set[int] = set()  # blocks whose cheap pieces have graphs
         self._graphs: dict[int, _Graph] = {}
         self._gradients: dict[str, list[torch.Tensor | None]] = {}
+        self._events = 0
+        self._waited: dict[tuple[int, int], int] = {}  # (queue, other queue) -> number of the last event of the other waited for
         self._made: dict[str, _Made] = {}
         self._again: dict[str, _Made] = {}  # as `_made`, of rebuilt values
         self._owed: dict[str, list[_Made]] = {}  # where the parts of a gradient were made
@@ -89,7 +92,7 @@ class Pass:
         piece = self._chain.pieces[index]
         block = self._chain.block_of[index]
         queue = self._queues[piece.queue]
-        crossing = [self._after(queue, self._made.get(name)) for name in piece.inputs]
+        crossing = self._after(queue, [self._made.get(name) for name in piece.inputs])
 
         def work() -> Callable[[], None] | None:
             inputs = self._take(queue, piece, crossing)
@@ -114,7 +117,7 @@ class Pass:
             return None
 
         queue.run(work)
-        made = _Made(queue, queue.event())
+        made = self._mark(queue)
         self._made.update((name, made) for name in piece.outputs)
 
     def forward_all(self) -> None:
@@ -131,7 +134,7 @@ class Pass:
         """Gives the gradient of a value, made on `compute`."""
         queue = self._queues["compute"]
         self._gradients.setdefault(name, []).append(gradient)
-        self._owed.setdefault(name, []).append(_Made(queue, queue.event()))
+        self._owed.setdefault(name, []).append(self._mark(queue))
 
     def rebuild(self, block: int | None = None) -> None:
         """Issues what a block (None: the last, where the backward begins) dropped; nothing if it was not dropped or is back."""
@@ -151,9 +154,11 @@ class Pass:
         piece = self._chain.pieces[index]
         queue = self._queues[piece.queue]
         parts = {name: self._owed.pop(name, []) for name in piece.outputs}
-        crossing = {name: [self._after(queue, made) for made in owed] for name, owed in parts.items()}
         dropped = [name for name in piece.inputs if self._recompute and not piece.rebuilt and self._chain.is_rebuilt(name, block)]
-        held = [self._after(queue, self._again[name]) for name in dropped]
+        sources = [made for owed in parts.values() for made in owed] + [self._again[name] for name in dropped]
+        crosses_all = iter(self._after(queue, sources))
+        crossing = {name: [next(crosses_all) for _ in owed] for name, owed in parts.items()}
+        held = list(crosses_all)
 
         def work() -> Callable[[], None] | None:
             gradients = tuple(self._sum(queue, name, crossing[name]) for name in piece.outputs)
@@ -174,7 +179,7 @@ class Pass:
             return None
 
         queue.run(work)
-        made = _Made(queue, queue.event())
+        made = self._mark(queue)
         for name in piece.inputs:
             self._owed.setdefault(name, []).append(made)
 
@@ -185,16 +190,27 @@ class Pass:
     def gradient(self, name: str) -> torch.Tensor | None:
         """The gradient of a given value, complete for what is issued to `compute` from now on."""
         queue = self._queues["compute"]
-        return self._sum(queue, name, [self._after(queue, made) for made in self._owed.pop(name, [])])
+        return self._sum(queue, name, self._after(queue, self._owed.pop(name, [])))
 
     # -- values
 
-    def _after(self, queue: Queue, made: _Made | None) -> bool:
-        """Orders what is issued to `queue` next after `made`; returns whether that was on another queue."""
-        if made is None or made.queue is queue:
-            return False
-        queue.wait(made.event)
-        return True
+    def _after(self, queue: Queue, sources: Sequence[_Made | None]) -> list[bool]:
+        """Orders what is issued to `queue` next after all `sources`; returns which of them were on another queue."""
+        crossing = [made is not None and made.queue is not queue for made in sources]
+        latest: dict[int, _Made] = {}  # a queue is in order: its last event stands for all before it
+        for made, crosses in zip(sources, crossing):
+            if made is not None and crosses and (id(made.queue) not in latest or latest[id(made.queue)].number < made.number):
+                latest[id(made.queue)] = made
+        for other, made in latest.items():
+            if self._waited.get((id(queue), other), 0) < made.number:
+                self._waited[id(queue), other] = made.number
+                queue.wait(made.event)
+        return crossing
+
+    def _mark(self, queue: Queue) -> _Made:
+        """All that was issued to `queue` so far."""
+        self._events += 1
+        return _Made(queue, queue.event(), self._events)
 
     def _take(self, queue: Queue, piece: Piece, crossing: list[bool]) -> list[Any]:
         """The inputs of a piece; those that nobody else needs are forgotten."""
@@ -228,7 +244,7 @@ class Pass:
 
     def _collect(self, name: str, values: dict[str, Any], made: _Made) -> Any:
         queue = self._queues["compute"]
-        crosses = self._after(queue, made)
+        [crosses] = self._after(queue, [made])
         assert name in values, f"{name} is asked for before it is there: no event orders them"
         value = values.pop(name)
         if crosses and isinstance(value, torch.Tensor):
@@ -279,7 +295,7 @@ class Pass:
         piece = self._chain.pieces[index]
         queue = self._queues[piece.queue]
         own = [self._chain.is_rebuilt(name, block) for name in piece.inputs]
-        crossing = [self._after(queue, (self._again if again else self._made).get(n)) for n, again in zip(piece.inputs, own)]
+        crossing = self._after(queue, [(self._again if again else self._made).get(n) for n, again in zip(piece.inputs, own)])
 
         def work() -> None:
             inputs = []
@@ -299,7 +315,7 @@ class Pass:
                         self._count.add_transient(value)
 
         queue.run(work)
-        made = _Made(queue, queue.event())
+        made = self._mark(queue)
         self._again.update((name, made) for name in piece.outputs)
 
     def _use_kept(self, name: str) -> Any:

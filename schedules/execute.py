@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -31,6 +31,29 @@ class Stage(Protocol):
         """R: rebuilds what the forward dropped."""
 
 
+class Overlapped(Protocol):
+    """A pair on its way: each method goes on until its result is there."""
+
+    def output(self) -> torch.Tensor | None:
+        """What `Stage.forward` would return."""
+
+    def input_gradient(self) -> torch.Tensor | None:
+        """What `Stage.backward_input` would return."""
+
+    def finish(self) -> None:
+        """The rest; weight gradients that it does not compute are left to `Stage.backward_weight`."""
+
+
+@runtime_checkable
+class OverlapStage(Stage, Protocol):
+    """A stage that can interleave its forward with the backward of another one."""
+
+    def overlap(
+        self, microbatch: int, x: torch.Tensor | None, other: Any, other_microbatch: int, grad: torch.Tensor | None
+    ) -> Overlapped:
+        """Begins a pair: the forward of `microbatch` here, the backward of `other_microbatch` on `other`, a stage of this rank."""
+
+
 class Observer(Protocol):
     """Told about every instruction on the thread that executes it: recorders, watchdogs, markers for profilers."""
 
@@ -47,17 +70,21 @@ def execute(
     stages: Mapping[tuple[int, int], Stage],
     mailbox: Mailbox,
     observers: Sequence[Observer] = (),
+    overlap: bool = True,
 ) -> None:
     """Runs one step of one rank.
 
-    stages: by (lane, stage), all that the placement puts on this rank. observers: see `Observer`. Returns when every message it
-    sent has been received. A full backward B is I, then W at once. Raises what a stage raises, and comm.PeerError when a peer is
-    gone or too slow.
+    stages: by (lane, stage), all that the placement puts on this rank. observers: see `Observer`. overlap: interleave pairs if all
+    stages can; else the forward of a pair runs before its backward. Returns when every message it sent has been received. A full
+    backward B is I, then W at once. Raises what a stage raises, and comm.PeerError when a peer is gone or too slow.
     """
+    overlap = overlap and all(isinstance(stage, OverlapStage) for stage in stages.values())
+    backwards = {i.pair: i.action for i in instructions if isinstance(i, Run) and i.pair is not None and i.action.kind in "BI"}
+    pairs: dict[int, Overlapped] = {}
     values: dict[Key, torch.Tensor | None] = {}  # inputs and output gradients that are here
     results: dict[Key, torch.Tensor | None] = {}  # computed, about to be sent
 
-    for instruction in instructions:
+    for instruction in _inputs_first(instructions) if overlap else instructions:
         for observer in observers:
             observer.begin(instruction)
         match instruction:
@@ -70,35 +97,90 @@ def execute(
                 if tensor is None:
                     raise ValueError(f"{message}: the stage returned None, its neighbour expects a tensor")
                 mailbox.send(message, (message.source, message.target), tensor)
-            case Run(action):
-                result = _run(action, placement, stages[action.lane, action.stage], values)
-                if result is not None:
-                    key, tensor = result
+            case Run(action, pair):
+                stage = stages[action.lane, action.stage]
+                if pair is None or not overlap or action.kind == "R":
+                    result = _run(action, stage, _take(action, placement, values))
+                else:
+                    if action.kind == "F":
+                        x, other = _take(action, placement, values), backwards[pair]
+                        partner, grad = stages[other.lane, other.stage], _take(other, placement, values)
+                        assert isinstance(stage, OverlapStage)
+                        pairs[pair] = stage.overlap(action.microbatch, x, partner, other.microbatch, grad)
+                    result = _run_in_pair(action, stage, pairs[pair])
+                    if action.kind in "BW":
+                        del pairs[pair]
+                if (key := _target(action, placement)) is not None:
                     local = placement.rank(key[1], key[2]) == placement.rank(action.lane, action.stage)
-                    (values if local else results)[key] = tensor
+                    (values if local else results)[key] = result
         for observer in observers:
             observer.end(instruction)
     assert not results, f"computed but never sent: {list(results)}"
     mailbox.drain()
 
 
-def _run(
-    action: Action, placement: Placement, stage: Stage, values: dict[Key, torch.Tensor | None]
-) -> tuple[Key, torch.Tensor | None] | None:
-    """Runs one action. Returns for whom its result is, and the result, if a neighbouring stage needs it."""
+def _run(action: Action, stage: Stage, given: torch.Tensor | None) -> torch.Tensor | None:
+    """Runs one action on what `_take` found for it, returns what `_target` says who needs."""
+    if action.kind == "F":
+        return stage.forward(action.microbatch, given)
+    if action.kind == "R":
+        stage.recompute(action.microbatch)
+        return None
+    result = stage.backward_input(action.microbatch, given) if action.kind in "BI" else None
+    if action.kind in "BW":
+        stage.backward_weight(action.microbatch)
+    return result
+
+
+def _run_in_pair(action: Action, stage: Stage, pair: Overlapped) -> torch.Tensor | None:
+    """The same for an action of a pair that has begun: it goes on with both halves until this one's result is there."""
+    if action.kind == "F":
+        return pair.output()
+    result = pair.input_gradient() if action.kind in "BI" else None
+    if action.kind in "BW":
+        pair.finish()
+        stage.backward_weight(action.microbatch)
+    return result
+
+
+def _take(action: Action, placement: Placement, values: dict[Key, torch.Tensor | None]) -> torch.Tensor | None:
+    """The message that an action needs, or what the neighbouring stage on this rank left for it."""
     kind, index, microbatch, lane = action
-    if kind == "F":
-        x = values.pop(("activation", lane, index, microbatch)) if index else None
-        y = stage.forward(microbatch, x)
-        return (("activation", lane, index + 1, microbatch), y) if index + 1 < placement.stages else None
-    if kind == "R":
-        stage.recompute(microbatch)
-        return None
-    if kind == "W":
-        stage.backward_weight(microbatch)
-        return None
-    grad = values.pop(("gradient", lane, index, microbatch)) if index + 1 < placement.stages else None
-    dx = stage.backward_input(microbatch, grad)
-    if kind == "B":
-        stage.backward_weight(microbatch)
-    return (("gradient", lane, index - 1, microbatch), dx) if index else None
+    if kind == "F" and index:
+        return values.pop(("activation", lane, index, microbatch))
+    if kind in "BI" and index + 1 < placement.stages:
+        return values.pop(("gradient", lane, index, microbatch))
+    return None
+
+
+def _target(action: Action, placement: Placement) -> Key | None:
+    """For whom the result of an action is, if a neighbouring stage needs it."""
+    kind, index, microbatch, lane = action
+    if kind == "F" and index + 1 < placement.stages:
+        return "activation", lane, index + 1, microbatch
+    if kind in "BI" and index:
+        return "gradient", lane, index - 1, microbatch
+    return None
+
+
+def _inputs_first(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """What both halves of a pair need comes before the pair: posts, then R, then waits. The verifier proves that this ends."""
+    result = list(instructions)
+    runs: dict[int, list[int]] = {}
+    for index, instruction in enumerate(result):
+        if isinstance(instruction, Run) and instruction.pair is not None:
+            runs.setdefault(instruction.pair, []).append(index)
+    for indices in runs.values():
+        start, stop = indices[0], indices[-1] + 1
+        while start and isinstance(result[start - 1], Wait):
+            start -= 1
+        result[start:stop] = sorted(result[start:stop], key=_place_in_pair)
+    return result
+
+
+def _place_in_pair(instruction: Instruction) -> int:
+    if isinstance(instruction, Post):
+        return 0
+    if isinstance(instruction, Wait):
+        return 2
+    return 1 if isinstance(instruction, Run) and instruction.action.kind == "R" else 3

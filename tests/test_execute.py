@@ -9,7 +9,9 @@ import torch.distributed as dist
 from pipehc.comm.groups import edge_groups
 from pipehc.comm.messages import Mailbox, PeerError
 from pipehc.schedules import build, compile
+from pipehc.schedules.actions import Pair
 from pipehc.schedules.execute import execute
+from pipehc.schedules.program import Send
 from processes import run_ranks
 
 ROWS, WIDTH = 3, 5
@@ -148,3 +150,85 @@ def vanishing_peer(rank):
 
 def test_wait_has_a_time_limit():
     run_ranks(vanishing_peer, 2)
+
+
+class OverlapToyStage(ToyStage):
+    """Interleaves pairs as far as it has something to interleave, and writes down what happens when."""
+
+    def __init__(self, index, stages, log):
+        super().__init__(index, stages)
+        self.log = log
+
+    def recompute(self, microbatch):
+        self.log.append(("R", self.index, microbatch))
+        super().recompute(microbatch)
+
+    def overlap(self, microbatch, x, other, other_microbatch, grad):
+        return ToyPair(self, microbatch, x, other, other_microbatch, grad)
+
+
+class ToyPair:
+    def __init__(self, stage, microbatch, x, other, other_microbatch, grad):
+        assert (x is None) == (stage.index == 0) and (grad is None) == other.last
+        self.stage, self.microbatch, self.x, self.other, self.other_microbatch, self.grad = (
+            stage, microbatch, x, other, other_microbatch, grad
+        )  # fmt: skip
+        if ("R", other.index, other_microbatch) in stage.log:
+            stage.log.append(("pair after R", other.index, other_microbatch))
+
+    def output(self):
+        self.stage.log.append(("output", self.stage.index, self.microbatch))
+        return self.stage.forward(self.microbatch, self.x)
+
+    def input_gradient(self):
+        self.stage.log.append(("gradient", self.other.index, self.other_microbatch))
+        return self.other.backward_input(self.other_microbatch, self.grad)
+
+    def finish(self):
+        self.stage.log.append(("finish", self.other.index, self.other_microbatch))
+
+
+class SendLog:
+    """An observer: messages and waits, in the log of the stages."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def begin(self, instruction):
+        if isinstance(instruction, Send):
+            self.log.append(("send", instruction.message.kind, instruction.message.microbatch))
+
+    def end(self, instruction):
+        pass
+
+
+def run_pairs(rank, ranks, name, split):
+    program = compile(build(name, ranks, 10), recompute=True, split_backward=split)
+    placement, log = program.schedule.placement, []
+    stages = {key: OverlapToyStage(key[1], placement.stages, log) for key in placement.held(rank)}
+    mailbox = Mailbox(edge_groups([list(range(ranks))], program.edges()), (ROWS, WIDTH), torch.float64, timeout_s=30)
+    execute(program.instructions[rank], placement, stages, mailbox, [SendLog(log)])
+    assert not any(s.deferred or s.saved for s in stages.values())
+    return {key: s.grad for key, s in stages.items()}, log, sum(isinstance(cell, Pair) for cell in program.schedule.rows[rank])
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipev"])
+def test_pairs_are_given_to_stages_that_can_overlap(name, split):
+    """The forward's message leaves in the middle of the pair; both inputs, and R, are there when it begins."""
+    ranks = 4
+    results = run_ranks(run_pairs, ranks, ranks, name, split)
+    stages = 2 * ranks if name == "dualpipev" else ranks
+    expected = reference(stages, 10)
+    grads = [torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for _ in range(stages)]
+    for grad_of, log, pairs in results:
+        for (_, stage), grad in grad_of.items():
+            grads[stage] += grad
+        counts = [sum(entry[0] == what for entry in log) for what in ("output", "gradient", "finish", "pair after R")]
+        assert pairs > 0 and counts == [pairs] * 4
+        for i, (what, index, microbatch) in enumerate(log):
+            following = [entry for entry in log[i + 1 :] if entry[0] in ("send", "gradient")][:1]
+            if what == "output" and index + 1 < stages and not (name == "dualpipev" and index == ranks - 1):
+                assert following == [("send", "activation", microbatch)]
+    for stage in range(stages):
+        assert torch.allclose(grads[stage], expected[stage].grad, rtol=1e-12)
