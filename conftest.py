@@ -1,4 +1,4 @@
-"""Triton chooses between compiler and interpreter when it is first imported, by whichever test module: choose before any of them."""
+"""Triton chooses between compiler and interpreter when it is first imported, by whichever test: choose before any of them."""
 
 import os
 

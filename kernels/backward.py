@@ -220,9 +220,7 @@ def mapping_backward_kernel(
         for g in tl.static_range(GROUPS):
             column = k * n + g if PER_STREAM else k
             whole += (tl.load(d_product + t * K + column[None, :], mask=tokens & (k < WIDTH)[None, :], other=0.0),)
-        weight_of_y = load_columns(h_pre, t, tokens, n if d_y is not None else 0)
-        weights = load_columns(h_res, t, tokens, n * n if f is not None else 0)
-        before = load_columns(h_post_before, t, tokens, n if h_post_before is not None else 0)
+        # H is loaded where it is used, from L1: held over the loop it would take 2 (n + 1)^2 registers in the layout of the product.
         for first in range(0, C, BC):
             c = first + tl.arange(0, BC)
             at = c[None, :]
@@ -238,15 +236,15 @@ def mapping_backward_kernel(
                 out = tl.dot(whole[j % GROUPS], tl.trans(columns), input_precision=PRECISION)
                 out -= shrinks[j % GROUPS] * tl.load(x + t * (n * C) + j * C + at, mask=inside, other=0.0).to(tl.float32)
                 if d_y is not None:
-                    out += weight_of_y[j] * grad_y
+                    out += tl.load(h_pre + t * n + j, mask=tokens, other=0.0) * grad_y
                 if f is not None:
                     for i in tl.static_range(n):
-                        out += weights[i * n + j] * grads[i]
+                        out += tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0) * grads[i]
                 if d_x_direct is not None:
                     out += tl.load(d_x_direct + t * (n * C) + j * C + at, mask=inside, other=0.0).to(tl.float32)
                 store_rounded(d_x + t * (n * C) + j * C + at, out, inside)
                 if h_post_before is not None:
-                    grad_f += before[j] * out
+                    grad_f += tl.load(h_post_before + t * n + j, mask=tokens, other=0.0) * out
             if h_post_before is not None:
                 store_rounded(d_f_before + t * C + at, grad_f, inside)
 
@@ -426,6 +424,7 @@ def launch_mapping_backward(
         MAP_BACKWARD=manifold.device_functions[1],
         PRECISION=product_precision(x.dtype),
         num_warps=4,
+        num_stages=2,
     )
     d_phi = torch.empty_like(phi) if groups > 1 else d_phi_partial[0]
     d_alpha, d_bias, d_number = torch.empty_like(alpha), torch.empty_like(bias), x.new_empty((), dtype=torch.float32)

@@ -261,6 +261,7 @@ def launch_mapping(
             PRECISION=product_precision(x.dtype),
             FENCE=not INTERPRETED,
             num_warps=4,
+            num_stages=2,
         )
     return out
 

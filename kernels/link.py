@@ -54,12 +54,17 @@ class Link:
 
 def claim(x: Tensor, h_post: Tensor, h_res: Tensor) -> Link | None:
     """The link of these three, taken for good, or None if there is none to use."""
-    link: Link | None = getattr(h_res, _ATTRIBUTE, None)
-    if link is None or getattr(h_post, _ATTRIBUTE, None) is not link or link._claimed or not link._accepts(x):
+    link = _link_of(h_res)
+    if link is None or _link_of(h_post) is not link or link._claimed or not link._accepts(x):
         return None
     if not (h_post.requires_grad and h_res.requires_grad) or any(h.retains_grad or h._backward_hooks for h in (h_post, h_res)):
         return None
     link._claimed = True
+    return link
+
+
+def _link_of(h: Tensor) -> Link | None:
+    link: Link | None = getattr(h, _ATTRIBUTE, None)
     return link
 
 

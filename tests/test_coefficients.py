@@ -168,5 +168,5 @@ def test_choice_of_backend_is_checked():
     x, _, _, _, parameters = make_inputs(2, 3, 4, torch.float32)
     with backend("cuda"), pytest.raises(ValueError, match="PIPEHC_KERNELS='cuda': must be 'triton' or 'reference'"):
         coefficients(x, *parameters, manifold=Birkhoff())
-    with backend("triton"), pytest.raises(ValueError, match="n=3 streams of torch.float64"):
+    with backend("triton"), pytest.raises(ValueError, match=r"n=3 streams of torch\.float64"):
         coefficients(x.double(), *parameters, manifold=Birkhoff())

@@ -94,7 +94,7 @@ def _iterate(logits: Tensor, iterations: int, keep_sums: bool) -> tuple[Tensor, 
 
 
 # The kernels write iteration t >= 2 as M = diag(r) K diag(c) with K the result of the first: c = 1 / K^T r, then r = 1 / K c. The
-# state is then r alone. Backward needs every (r, c) once, last to first: it holds four of them and recomputes the ones before.
+# state is then r alone. Backward needs every (r, c) once, last to first: it holds two of them and recomputes the ones before.
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def sinkhorn_backward(z, grad, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
     p = ()
     for e in tl.static_range(n * n):
         p += (grad[e] * m[e],)
-    segment: tl.constexpr = 4
+    segment: tl.constexpr = 2
     full: tl.constexpr = (SETTINGS[0] - 1) // segment
     rest: tl.constexpr = (SETTINGS[0] - 1) % segment
     if rest > 0:

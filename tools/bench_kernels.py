@@ -1,0 +1,139 @@
+"""Times the kernels on a GPU against eager PyTorch, torch.compile and, where installed, Liger-Kernel.
+
+    python tools/bench_kernels.py [--tokens 4096] [--channels 1280 2560] [--streams 4] [--json FILE]
+
+Reports microseconds per forward + backward of one sub-layer's operations (branch left out), the bandwidth that its least traffic in
+that time amounts to, and which fraction of the device's copy bandwidth that is. Without a GPU it says so and ends with status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pipehc.kernels import coefficients_pre, post_res
+from pipehc.kernels.manifolds import Birkhoff
+
+UNITS = {"forward": lambda n: 3 * n + 2, "forward + backward": lambda n: 7 * n + 5}
+"""Least traffic in units of T*C elements with pre and post_res apart: 14 forward, 19 backward at n = 4."""
+
+
+def milliseconds(run: Callable[[], Any], repeats: int = 30) -> float:
+    """Median time of one call, L2 flushed before each."""
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    times = []
+    for i in range(repeats + 5):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if i >= 5:
+            times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of a large copy."""
+    source = torch.empty(2**29, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (milliseconds(lambda: target.copy_(source)) / 1e3)
+
+
+def sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
+    y, h_post, h_res = coefficients_pre(x, phi, alpha, bias, manifold=Birkhoff())
+    return post_res(x, y, h_post, h_res)
+
+
+def candidates() -> dict[str, tuple[str, Callable[..., Tensor]]]:
+    """Name -> (value of PIPEHC_KERNELS, function)."""
+    found = {
+        "triton": ("triton", sublayer),
+        "eager": ("reference", sublayer),
+        "torch.compile": ("reference", torch.compile(sublayer)),
+    }
+    if importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec("liger_kernel.ops.mhc") is not None:
+        from liger_kernel.transformers.functional import liger_mhc_coeffs, liger_mhc_post_res, liger_mhc_pre
+
+        def liger(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
+            h_pre, h_post, h_res = liger_mhc_coeffs(x, phi, bias, *alpha.unbind())
+            return liger_mhc_post_res(x, liger_mhc_pre(x, h_pre), h_post, h_res)
+
+        found["Liger-Kernel"] = ("reference", liger)
+    return found
+
+
+def bench(tokens: int, n: int, channels: int, bandwidth: float) -> list[dict[str, Any]]:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype).requires_grad_()
+
+    x = leaf(tokens, n, channels, dtype=torch.bfloat16)
+    parameters = leaf(n * channels, n * n + 2 * n), leaf(3), leaf(n * n + 2 * n)
+    grad = torch.randn_like(x)
+    rows = []
+    for name, (backend, function) in candidates().items():
+        os.environ["PIPEHC_KERNELS"] = backend
+
+        def forward(function: Callable[..., Tensor] = function) -> Tensor:
+            with torch.no_grad():
+                return function(x, *parameters)
+
+        def both(function: Callable[..., Tensor] = function) -> None:
+            torch.autograd.grad(function(x, *parameters), (x, *parameters), grad)
+
+        for what, run in (("forward", forward), ("forward + backward", both)):
+            try:
+                elapsed = milliseconds(run)
+            except Exception as error:  # a rival that does not run is a line of the table, not the end of it
+                rows.append({"C": channels, "what": what, "how": name, "us": f"{type(error).__name__}: {error}"[:60]})
+                continue
+            rate = UNITS[what](n) * tokens * channels * 2 / (elapsed / 1e3)
+            rows.append(
+                {
+                    "C": channels,
+                    "what": what,
+                    "how": name,
+                    "us": round(elapsed * 1e3, 1),
+                    "GB/s of least traffic": round(rate / 1e9),
+                    "of copy": f"{rate / bandwidth:.0%}",
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--channels", type=int, nargs="+", default=[1280, 1920, 2560])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing to time (tools/kernel_report.py counts traffic and compiled resources without one)")
+        return
+    bandwidth = copy_bandwidth()
+    rows = [row for c in options.channels for row in bench(options.tokens, options.streams, c, bandwidth)]
+    columns = ["C", "what", "how", "us", "GB/s of least traffic", "of copy"]
+    table = Table(*columns, title=f"T = {options.tokens}, n = {options.streams}, bf16; copy {bandwidth / 1e9:.0f} GB/s")
+    for row in rows:
+        table.add_row(*(str(row.get(c, "")) for c in columns))
+    Console(width=160).print(table)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

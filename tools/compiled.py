@@ -1,0 +1,112 @@
+"""Compiles the kernels ahead of time, without a GPU, and reads registers, spills and instructions from the machine code."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pipehc.kernels.forward import map_constants, padded_columns
+from pipehc.kernels.manifolds import Birkhoff, IdentityOffset, Manifold
+
+STREAMS = {"x", "f", "x_next", "y", "d_x", "d_f", "d_y", "d_x_next", "d_x_direct", "d_f_before"}
+INTEGERS = {"T", "C", "BLOCKS", "PARTS", "SIZE"}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass
+class Form:
+    """One use of a kernel: its compile-time arguments, and launch options."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
+
+
+def forms(manifold: Manifold | None = None) -> dict[str, Form]:
+    """The kernels of all operations at n = 4, as the wrappers launch them."""
+    modules = {name: importlib.import_module(f"pipehc.kernels.{name}") for name in ("forward", "backward", "pre", "post_res")}
+    n, block = 4, {"n": 4, "BT": 16, "BC": 64}
+    found = {}
+    for module, name in [
+        ("pre", "pre_kernel"),
+        ("pre", "pre_backward_kernel"),
+        ("post_res", "post_res_kernel"),
+        ("post_res", "post_res_backward_kernel"),
+        ("post_res", "branch_backward_kernel"),
+    ]:
+        found[name] = Form(getattr(modules[module], name), dict(block))
+    found["parameter_sum_kernel"] = Form(modules["backward"].parameter_sum_kernel, {"n": n, "ALL": 32, "BLOCK": 1024})
+    for kind in (manifold,) if manifold is not None else (Birkhoff(), IdentityOffset()):
+        shared = {
+            **block,
+            **map_constants(kind, ()),
+            "PADDED": padded_columns(n, kind.per_stream),
+            "PRECISION": "tf32",
+            **({"scalar": None, "d_scalar": None} if kind.scalar is None else {}),
+        }
+        to, back = kind.device_functions
+        forward = {**shared, "BC_PRE": 64, "MAP": to, "FENCE": True}
+        backward = {**shared, "ALL": 32, "MAP_BACKWARD": back, "d_x_direct": None, "d_pre": None, "d_post": None, "d_res": None}
+        alone = {"f": None, "h_post": None, "h_res": None, "x_next": None}
+        kernels = modules["forward"].mapping_kernel, modules["backward"].mapping_backward_kernel
+        title = type(kind).__name__
+        two = {"num_warps": 4, "num_stages": 2}
+        found[f"coefficients_pre {title}"] = Form(kernels[0], forward | alone, two)
+        found[f"post_res_pre {title}"] = Form(kernels[0], forward, two)
+        found[f"post_res_pre backward {title}"] = Form(kernels[1], backward, two)
+    return found
+
+
+def resources(form: Form, channels: int, arch: int) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory, widths in bits of global accesses, and matrix instructions."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(form.kernel.arg_names):
+        if name in form.constants:
+            signature[name], constants[(i,)] = "constexpr", form.constants[name]
+        elif name in INTEGERS:
+            signature[name] = "i32"
+            if name == "C" and channels % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "*bf16" if name in STREAMS else "*fp32"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=form.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=form.options)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", str(binary))
+        code = _run("nvdisasm", "-c", str(binary))
+    instructions = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.M))
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+        "spilled": max(int(v) for v in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
+        "shared": kernel.metadata.shared,
+        "loads": _widths(instructions, ("LDG", "LDGSTS")),
+        "stores": _widths(instructions, ("STG",)),
+        "atomics": sum(c for o, c in instructions.items() if re.match(r"(RED|ATOMG?)(\.|$)", o)),
+        "matrix": sum(c for o, c in instructions.items() if re.match(r"(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTC\w*MMA)", o)),
+    }
+
+
+def _widths(instructions: Counter[str], names: tuple[str, ...]) -> dict[int, int]:
+    found: Counter[int] = Counter()
+    for instruction, count in instructions.items():
+        if instruction.split(".")[0] in names:
+            width = re.search(r"\.(128|64|U16|S16|U8|S8)(?:\.|$)", instruction)
+            found[int(width.group(1).lstrip("US")) if width else 32] += count
+    return dict(sorted(found.items(), reverse=True))
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / tool), *arguments], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,143 @@
+"""What every kernel costs, measured without a GPU: counted traffic, launches, and the compiled code's resources.
+
+    python tools/kernel_report.py [--channels 2560] [--tokens 64] [--arch 80 90 100] [--only traffic|compiled] [--json FILE]
+
+Traffic comes from Triton's interpreter (traffic.py), resources from compiling ahead of time and reading the machine code. The two
+need different settings of TRITON_INTERPRET, so each runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MINIMUM = {
+    "coefficients_pre + post_res forward": 14.0,
+    "coefficients_pre + post_res backward": 19.0,
+    "post_res_pre forward": 10.0,
+    "post_res_pre backward": 15.0,
+}
+"""Units of T*C bf16 elements for n = 4: every stream read and written once per launch that cannot be avoided."""
+
+
+def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
+    """One row per form: launches, torch operations, units read and written, and bytes of phi's shape (counted apart)."""
+    import torch
+    from traffic import Traffic, units
+
+    from pipehc.kernels import coefficients_pre, post_res, post_res_pre
+    from pipehc.kernels.manifolds import Birkhoff
+
+    n = 4
+    manifold = Birkhoff()
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+    def parameters() -> tuple[torch.Tensor, ...]:
+        return leaf(n * channels, n * n + 2 * n), leaf(3), leaf(n * n + 2 * n)
+
+    x, f, f_next = (leaf(tokens, *shape, channels, dtype=torch.bfloat16) for shape in ((n,), (), ()))
+    d_y = torch.randn(tokens, channels, generator=generator).to(torch.bfloat16)
+    d_x = torch.randn(tokens, n, channels, generator=generator).to(torch.bfloat16)
+    rows = []
+
+    def row(form: str, counted: Traffic) -> None:
+        everything = counted.launches + counted.operations
+        read, written = units(everything, tokens, channels, phi_shaped=False)
+        phi = sum(units(everything, tokens, channels, phi_shaped=True))
+        rows.append(
+            {
+                "form": form,
+                "launches": len(counted.launches),
+                "torch_operations": len(counted.operations),
+                "read": round(read, 2),
+                "written": round(written, 2),
+                "sum": round(read + written, 2),
+                "minimum": MINIMUM[form],
+                "phi_mib": round(phi * tokens * channels * 2 / 2**20, 2),
+            }
+        )
+
+    with Traffic() as counted:
+        y, h_post, h_res = coefficients_pre(x, *parameters(), manifold=manifold)
+        x_next = post_res(x, f, h_post, h_res)
+    row("coefficients_pre + post_res forward", counted)
+    with Traffic() as counted:
+        torch.autograd.backward([x_next, y], [d_x, d_y])
+    row("coefficients_pre + post_res backward", counted)
+
+    # A boundary between two sub-layers: its neighbours are there, so that it gets and hands on what it would in a model.
+    y, h_post, h_res = coefficients_pre(x, *parameters(), manifold=manifold)
+    with Traffic() as counted:
+        middle, y_next, h_post, h_res = post_res_pre(x, f, h_post, h_res, *parameters(), manifold=manifold)
+    row("post_res_pre forward", counted)
+    last = post_res(middle, f_next, h_post, h_res)
+    with Traffic() as counted:
+        torch.autograd.backward([last, y_next, y], [d_x, d_y, d_y])
+    # Of the whole chain's backward, the boundary owns one mapping_backward_kernel (the first) and its parameter sums.
+    names = [launch.name for launch in counted.launches]
+    first = names.index("mapping_backward_kernel")
+    counted.launches, counted.operations = counted.launches[first : first + 2], []
+    row("post_res_pre backward", counted)
+    return rows
+
+
+def compile_kernels(channels: int, arch: int) -> list[dict[str, Any]]:
+    """One row per kernel and form at n = 4 in bf16. `channels` matters only through its divisibility by 16."""
+    from compiled import forms, resources
+
+    return [{"form": name, "arch": arch, **resources(form, channels, arch)} for name, form in forms().items()]
+
+
+def in_process(interpret: bool, arguments: list[str]) -> Any:
+    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0", "PIPEHC_KERNELS": "triton"}
+    command = [sys.executable, __file__, *arguments]
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        table = Table(*rows[0], title=title)
+        for one in rows:
+            table.add_row(*(str(v) for v in one.values()))
+        Console(width=200).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--channels", type=int, default=2560)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--only", choices=["traffic", "compiled"])
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--worker", choices=["traffic", "compiled"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker == "traffic":
+        print(json.dumps(count_traffic(options.tokens, options.channels)))
+        return
+    if options.worker == "compiled":
+        print(json.dumps([r for arch in options.arch for r in compile_kernels(options.channels, arch)]))
+        return
+    size = ["--tokens", str(options.tokens), "--channels", str(options.channels), "--arch", *map(str, options.arch)]
+    report = {
+        kind: [] if options.only not in (None, kind) else in_process(kind == "traffic", ["--worker", kind, *size])
+        for kind in ("traffic", "compiled")
+    }
+    show(f"Traffic at T = {options.tokens}, C = {options.channels}, n = 4, bf16, in units of T*C elements", report["traffic"])
+    show("Compiled kernels", report["compiled"])
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
