@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from time import monotonic
@@ -44,6 +44,20 @@ class Candidate:
     rows: list[list[Op]] = field(compare=False, repr=False)
 
 
+@dataclass
+class _Source:
+    """Random rules of one kind for one placement, and how well they did."""
+
+    problem: Problem
+    make: Callable[[Problem, Random], Rules | None]
+    spent: float = 0.0
+    best: float = NEVER
+
+    def handicap(self, lead: float) -> float:
+        """How much less it gets than what made the leading schedule: a bad start may be bad luck, so never less than a quarter."""
+        return min(4.0, (self.best / lead) ** 30)
+
+
 class Race:
     """Runs the list scheduler and remembers the best of what it found."""
 
@@ -68,42 +82,41 @@ class Race:
         field = self._explore(self.budget.used + 0.3 * (self.budget.actions - self.budget.used))
         survivors, rounds = 4, 3
         while rounds and not self.won and not self.budget.over(NEVER):
-            field = field[:survivors]
+            # A placement whose bound is no better than what is there already is out.
+            field = [c for c in field if c.problem.bound < self.best[0].makespan * ROUNDING][:survivors]
             share = (self.budget.actions - self.budget.used) / rounds
             start = self.budget.used
             for i, candidate in enumerate(field):
                 field[i] = self._improve(candidate, start + share * (i + 1) / len(field), SLACKS[i % len(SLACKS)])
             field.sort()
-            survivors, rounds = max(1, survivors // 2), rounds - 1
+            survivors, rounds = survivors // 2, rounds - 1
 
     def _explore(self, until: float) -> list[Candidate]:
-        """Random rules, every second ones of a steady state. Returns the best of each placement, sorted.
+        """Random rules, plain and of steady states, for every placement. Returns the best two of each placement, sorted.
 
-        The placements take turns, but those that are behind get less.
+        Placements and kinds of rules take turns, but those that are behind get less.
         """
         found: dict[int, list[Candidate]] = {id(problem): [] for problem in self.problems}
         for candidate in self.best:
             found[id(candidate.problem)].append(candidate)
-        spent = {id(problem): 0.0 for problem in self.problems}
-        turn = 0
+        sources = [_Source(problem, make) for problem in self.problems for make in (steady, priorities)]
         while not self.won and not self.budget.over(until):
-            turn += 1
-            open_problems = [p for p in self.problems if not self.best or p.bound < self.best[0].makespan * ROUNDING]
-            problem = min(open_problems, key=lambda p: spent[id(p)] * self._handicap(found[id(p)]))
-            own = found[id(problem)]
-            rules = steady(problem, self.random) if turn % 2 else priorities(problem, self.random)
+            lead = self.best[0].makespan
+            source = min((s for s in sources if s.problem.bound < lead * ROUNDING), key=lambda s: s.spent * s.handicap(lead))
+            own = found[id(source.problem)]
             before = self.budget.used
+            rules = source.make(source.problem, self.random)
             if rules is None:
-                self.budget.spend(problem.actions // 4)
+                self.budget.spend(source.problem.actions // 4)
             else:
-                cutoff = own[3].makespan * ROUNDING if len(own) > 3 else NEVER
-                new = self._try(problem, rules, cutoff)
+                new = self._try(source.problem, rules, own[3].makespan * ROUNDING if len(own) > 3 else NEVER)
                 if new is not None:
+                    source.best = min(source.best, new.makespan)
                     own.append(new)
                     own.sort()
                     del own[4:]
-            spent[id(problem)] += self.budget.used - before
-        return sorted(candidate for own in found.values() for candidate in own)
+            source.spent += self.budget.used - before
+        return sorted(candidate for own in found.values() for candidate in own[:2])
 
     def _improve(self, best: Candidate, until: float, slack: float) -> Candidate:
         """Random changes, kept if they do no harm, or little: at most `slack` over the best at first, then less and less."""
@@ -119,9 +132,6 @@ class Race:
                 current = tried
                 best = min(best, tried)
         return best
-
-    def _handicap(self, own: Sequence[Candidate]) -> float:
-        return (own[0].makespan / self.best[0].makespan) ** 30 if own else 1.0
 
     def _try(self, problem: Problem, rules: Rules, cutoff: float) -> Candidate | None:
         makespan, rows, placed = dispatch(problem, rules, cutoff)
