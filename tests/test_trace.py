@@ -5,16 +5,18 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_model import tiny_config
 
 from pipehc.comm.groups import edge_groups
 from pipehc.comm.messages import Mailbox
+from pipehc.data import Sampler
 from pipehc.schedules import Costs, Span, build, compile, simulate
 from pipehc.schedules.__main__ import main
 from pipehc.schedules.draw import recorded
 from pipehc.schedules.execute import execute
 from pipehc.schedules.placement import linear
 from pipehc.schedules.recording import Recording, link_spans, measured_costs, merge
-from pipehc.trace import Recorder, save_step
+from pipehc.trace import Markers, Recorder, save_step, traced
 from processes import run_ranks
 
 F, I, W = 0.03, 0.05, 0.02
@@ -102,6 +104,46 @@ def test_the_command_line_shows_prediction_above_measurement(tmp_path, capsys):
     assert main(["show", file, "--html", str(tmp_path / "x.html")]) == 0
     assert "measured: 1f1b" in (tmp_path / "x.html").read_text()
     assert main(["show", file, "--compare", "zbv"]) == 2
+
+
+class Split:
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        return torch.randint(0, 256, (12,), generator=torch.Generator().manual_seed(index))
+
+
+def test_the_trainer_records_the_steps_asked_for_of_every_pipeline(tmp_path):
+    def train(rank):
+        from pipehc.trainer import Trainer
+
+        trainer = Trainer(tiny_config("parallel.pp=2", "trace.steps=[2, 2]", "train.micro_batch=1"))
+        for step in range(1, 4):
+            with traced(trainer, step, tmp_path):
+                trainer.step(step, Split(), Sampler(9, seed=1))
+        assert trainer.observers == []
+
+    run_ranks(train, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002-pipeline1.json", "step-000002.json"]
+    for path in tmp_path.iterdir():
+        recording = Recording.load(path)
+        assert recording.schedule.microbatches == 4
+        assert {span.rank for span in recording.spans} == {0, 1}
+        done = sorted((s.stage, s.kind, s.microbatch) for s in recording.spans if s.queue == "compute" and s.kind in "FW")
+        assert [x for x in done if x[1] == "F"] == [(stage, "F", m) for stage in (0, 1) for m in range(4)]
+
+
+def test_markers_name_every_instruction_for_profilers():
+    instructions = compile(build("1f1b", 1, 2)).instructions[0]
+    markers = Markers()
+    with torch.profiler.profile() as profiler:
+        for instruction in instructions:
+            markers.begin(instruction)
+            torch.zeros(1)
+            markers.end(instruction)
+    names = [event.name for event in profiler.events() if event.name.startswith("Run ")]
+    assert names == [f"Run {instruction.action}" for instruction in instructions]
 
 
 def message(queue, rank, start, end, microbatch, stage=1):
