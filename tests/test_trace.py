@@ -115,9 +115,9 @@ class Split:
 
 
 def test_the_trainer_records_the_steps_asked_for_of_every_pipeline(tmp_path):
-    def train(rank):
-        from pipehc.trainer import Trainer
+    from pipehc.trainer import Trainer  # imports Megatron: here, so that the processes need not
 
+    def train(rank):
         trainer = Trainer(tiny_config("parallel.pp=2", "trace.steps=[2, 2]", "train.micro_batch=1"))
         for step in range(1, 4):
             with traced(trainer, step, tmp_path):
