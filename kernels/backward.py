@@ -220,7 +220,7 @@ def mapping_backward_kernel(
         for g in tl.static_range(GROUPS):
             column = k * n + g if PER_STREAM else k
             whole += (tl.load(d_product + t * K + column[None, :], mask=tokens & (k < WIDTH)[None, :], other=0.0),)
-        # H is loaded where it is used, from L1: held over the loop it would take 2 (n + 1)^2 registers in the layout of the product.
+        # H is loaded where it is used, from L1: held over the loop it would take 2 (n + 1)^2 registers in the product's layout.
         for first in range(0, C, BC):
             c = first + tl.arange(0, BC)
             at = c[None, :]

@@ -71,7 +71,7 @@ def coefficients_reference(
 
 def _logits(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manifold) -> Tensor:
     """[T, n*n + 2n]. Dividing by the norm comes after the product, which reads x once (paper, section 4.3.1)."""
-    tokens, n, _ = x.shape
+    n = x.shape[1]
     if manifold.per_stream:
         product = (x @ phi).mT.flatten(1)  # [T, n + 2, n]: entry (row of the map, stream) is column row * n + stream
         inverse_rms = torch.rsqrt(x.square().mean(-1) + NORM_EPS).repeat(1, n + 2)

@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
+from kernel_cases import DEVICE, backend, relative_error
 
 from pipehc.hyper_connection import KINDS, HyperConnection, composite, composite_gain, contract, expand
 
@@ -175,3 +177,24 @@ def test_ablation_switches(kind, fixed):
     for name, got, learned in zip(("pre", "post", "res"), hc.coefficients(x), free.coefficients(x)):
         want = constants[name].expand_as(got) if name in fixed else learned
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["mhc", "harmonized"])
+def test_kernels_agree_and_hand_on_their_backward(kind, monkeypatch):
+    """Two sub-layers on [s, b, n*C]: every post_res finds the operation that made its coefficients, through all the views."""
+    gradients = {}
+    for name in ("reference", "triton"):
+        torch.manual_seed(0)
+        first, second = make(kind, 3, iterations=2, alpha=0.5).to(DEVICE), make(kind, 3, iterations=2, alpha=0.5).to(DEVICE)
+        x = torch.randn(3, 2, 3 * C).to(DEVICE).requires_grad_()
+        if name == "reference":
+            first, second, x = first.double(), second.double(), x.detach().double().requires_grad_()
+        with backend(name), monkeypatch.context() as patch:
+            for module in ("mapping", "post_res"):
+                patch.setattr(sys.modules[f"pipehc.kernels.{module}"], "launch_post_res_backward", None)
+            y, h_post, h_res = first.coefficients_pre(x)
+            x_next, y, h_post, h_res = first.post_res_pre(x, torch.tanh(y), h_post, h_res, second)
+            second.post_res(x_next, torch.tanh(y), h_post, h_res).square().sum().backward()
+        gradients[name] = [x.grad, *(p.grad for hc in (first, second) for p in hc.parameters())]
+    for got, want in zip(gradients["triton"], gradients["reference"]):
+        assert relative_error(got, want) < 1e-5

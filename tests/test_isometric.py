@@ -85,7 +85,8 @@ def test_kernel(n):
 
 
 def test_kernel_keeps_the_isometry_for_bad_conditions():
-    h = check_map(Isometric(), with_condition(30, 4, 1e4), 1e-5, 3e-2)
+    # H itself is only as well determined as the two least singular values; its isometry must not suffer.
+    h = check_map(Isometric(), with_condition(30, 4, 1e4), 3e-4, 1e-2)
     assert max(isometry_error(h)) < 1e-5
 
 
