@@ -30,6 +30,9 @@ class Queue(Protocol):
     def wait(self, event: Any) -> None:
         """What is issued from now on starts after `event`, which may be of any queue."""
 
+    def push(self) -> None:
+        """From here on what was issued goes on without being waited for."""
+
     def hold(self, tensor: torch.Tensor) -> None:
         """Called by work that uses a tensor of another queue: its memory is not used again before that work has ended."""
 
@@ -53,6 +56,9 @@ class CudaQueue:
 
     def wait(self, event: torch.cuda.Event) -> None:
         self._stream.wait_event(event)
+
+    def push(self) -> None:
+        """Kernels are on their way as soon as they are launched."""
 
     def hold(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(self._stream)
@@ -94,6 +100,9 @@ class HostQueue:
             self.run(event.finish)
         else:
             event.finish()
+
+    def push(self) -> None:
+        self.advance(self._issued)
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Memory of the host is not used again while anything refers to it."""

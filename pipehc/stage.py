@@ -23,6 +23,7 @@ class _Live(NamedTuple):
 class ModelStage:
     """Runs a stage for the micro-batches of one step; implements `pipehc.schedules.execute.OverlapStage`.
 
+    Its programs are compiled with `high`: the end of the last FFN, in both directions, is on that queue.
     chain: of a StageModel; its result is the streams, or the summed loss of the last stage. queues: see `comm.queues.make_queues`.
     batch: micro-batch -> (tokens, labels), both int64 [b, s]; asked by the first and the last stage alone. loss_scale: the factor
     of the loss in the backward, for example 1 / tokens of the global batch. recompute: drop after the forward what
@@ -75,7 +76,7 @@ class ModelStage:
 
     def end_forward(self, microbatch: int, live: _Live) -> torch.Tensor | None:
         """What the next stage gets, once all of the pass is issued."""
-        y: torch.Tensor = live.run.result()
+        y: torch.Tensor = live.run.result("compute" if self._last else "high")
         if torch.is_grad_enabled():
             self._live[microbatch] = live
         if self._last:
@@ -89,7 +90,7 @@ class ModelStage:
         if self._last:
             grad = torch.full_like(self.losses[microbatch], self._loss_scale)
         assert grad is not None
-        live.run.seed(self.chain.result, grad)
+        live.run.seed(self.chain.result, grad, "compute" if self._last else "high")
         self._deferred[microbatch] = live.store
         return live
 

@@ -49,9 +49,8 @@ class Trainer:
         self.config = config
         parallel, train = config.parallel, config.train
         dp = dist.get_world_size() // (parallel.pp * parallel.tp)
-        self.train_program = compile(
-            build(config.schedule.name, parallel.pp, config.microbatches(dp)), recompute=config.recompute.enabled
-        )
+        schedule = build(config.schedule.name, parallel.pp, config.microbatches(dp))
+        self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True)
         placement = self.train_program.schedule.placement
         self.groups = build_groups(parallel.pp, parallel.tp, parallel.ep, replicated=placement.lanes == 2)
 
@@ -119,7 +118,7 @@ class Trainer:
     @cached_property
     def _evaluation_program(self) -> Program:
         microbatches = self.config.evaluation_microbatches(self.groups.dp_size)
-        return compile(build(self.config.schedule.name, self.config.parallel.pp, microbatches, forward=True))
+        return compile(build(self.config.schedule.name, self.config.parallel.pp, microbatches, forward=True), high=True)
 
     def check_replicas(self) -> None:
         """Raises TrainingError, on every rank, unless all ranks that hold a weight hold the same bits of it. Collective."""
@@ -163,7 +162,7 @@ class Trainer:
             for key, chain in self._chains.items()
         }
         instructions, overlap = program.instructions[self.groups.pp_rank], self.config.runtime.overlap
-        execute(instructions, schedule.placement, stages, self.mailbox, self.observers, overlap)
+        execute(instructions, schedule.placement, stages, self.mailbox, self.observers, overlap, self._queues)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
         finite = bool(torch.isfinite(total))

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from pipehc.comm.queues import Queue
-from pipehc.recompute.chain import Chain, Exchange, Piece
+from pipehc.recompute.chain import Chain, Exchange, Piece, QueueName
 from pipehc.recompute.saved import SavedBytes
 
 
@@ -50,9 +50,9 @@ class _Dropped(NamedTuple):
 class Pass:
     """One micro-batch in a chain. Gradients are on or off as when it is made.
 
-    queues: one of each name that the chain's pieces use. given: the values that no piece makes. recompute: drop what can be
-    rebuilt. scope: entered around each piece that runs with autograd, for example to open a store of weight gradients. count: where
-    to count the bytes that are kept.
+    queues: one of each name that the chain's pieces use. given: the values that no piece makes, complete for what is issued to
+    `compute` from now on. recompute: drop what can be rebuilt. scope: entered around each piece that runs with autograd, for
+    example to open a store of weight gradients. count: where to count the bytes that are kept.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Pass:
         self._gradients: dict[str, list[torch.Tensor | None]] = {}
         self._events = 0
         self._waited: dict[tuple[int, int], int] = {}  # (queue, other queue) -> number of the last event of the other waited for
-        self._made: dict[str, _Made] = {}
         self._again: dict[str, _Made] = {}  # as `_made`, of rebuilt values
         self._owed: dict[str, list[_Made]] = {}  # where the parts of a gradient were made
+        self._made = dict.fromkeys(given, self._mark(queues["compute"]))
         for name, value in given.items():
             self._keep(name, value)
 
@@ -124,17 +124,24 @@ class Pass:
         for index in range(len(self._chain.pieces)):
             self.forward(index)
 
-    def result(self) -> Any:
-        """The chain's result, once, complete for what is issued to `compute` from now on. Without autograd: it is detached."""
-        return self._collect(self._chain.result, self._values, self._made[self._chain.result])
+    def result(self, queue: QueueName = "compute") -> Any:
+        """The chain's result, once, complete for what is issued to `queue` from now on. Without autograd: it is detached."""
+        name, to = self._chain.result, self._queues[queue]
+        [crosses] = self._after(to, [self._made[name]])
+        to.push()
+        assert name in self._values, f"{name} is asked for before it is there: no event orders them"
+        value = self._values.pop(name)
+        if crosses and isinstance(value, torch.Tensor):
+            to.hold(value)
+        return value
 
     # -- backward
 
-    def seed(self, name: str, gradient: torch.Tensor) -> None:
-        """Gives the gradient of a value, made on `compute`."""
-        queue = self._queues["compute"]
+    def seed(self, name: str, gradient: torch.Tensor, queue: QueueName = "compute") -> None:
+        """Gives the gradient of a value, complete for what is issued to `queue` from now on."""
+        self._queues[queue].hold(gradient)
         self._gradients.setdefault(name, []).append(gradient)
-        self._owed.setdefault(name, []).append(self._mark(queue))
+        self._owed.setdefault(name, []).append(self._mark(self._queues[queue]))
 
     def rebuild(self, block: int | None = None) -> None:
         """Issues what a block (None: the last, where the backward begins) dropped; nothing if it was not dropped or is back."""
@@ -241,15 +248,6 @@ class Pass:
             self._count.inputs += self._count.new(value)
         else:
             self._count.outputs += self._count.new(value)
-
-    def _collect(self, name: str, values: dict[str, Any], made: _Made) -> Any:
-        queue = self._queues["compute"]
-        [crosses] = self._after(queue, [made])
-        assert name in values, f"{name} is asked for before it is there: no event orders them"
-        value = values.pop(name)
-        if crosses and isinstance(value, torch.Tensor):
-            queue.hold(value)
-        return value
 
     # -- graphs
 

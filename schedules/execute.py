@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from pipehc.comm.messages import Mailbox
+from pipehc.comm.queues import HostQueue, Queue
 from pipehc.schedules.actions import Action
 from pipehc.schedules.placement import Placement
 from pipehc.schedules.program import Instruction, Post, Run, Send, Wait
@@ -64,6 +66,22 @@ class Observer(Protocol):
         """It is done; not called if it raised."""
 
 
+class _Value(NamedTuple):
+    """A stage message, complete after an event of a queue."""
+
+    tensor: torch.Tensor | None
+    queue: Queue
+    event: Any
+
+    def on(self, queue: Queue) -> torch.Tensor | None:
+        """The message, for what is issued to `queue` from now on."""
+        if queue is not self.queue:
+            queue.wait(self.event)
+            if self.tensor is not None:
+                queue.hold(self.tensor)
+        return self.tensor
+
+
 def execute(
     instructions: Sequence[Instruction],
     placement: Placement,
@@ -71,18 +89,27 @@ def execute(
     mailbox: Mailbox,
     observers: Sequence[Observer] = (),
     overlap: bool = True,
+    queues: Mapping[str, Queue] | None = None,
 ) -> None:
     """Runs one step of one rank.
 
     stages: by (lane, stage), all that the placement puts on this rank. observers: see `Observer`. overlap: interleave pairs if all
-    stages can; else the forward of a pair runs before its backward. Returns when every message it sent has been received. A full
-    backward B is I, then W at once. Raises what a stage raises, and comm.PeerError when a peer is gone or too slow.
+    stages can; else the forward of a pair runs before its backward. queues: `compute` and `high`; those that stages use. A stage's
+    input is complete for what is issued to the queue `entry` of the instruction that runs it, and its result for the queue `exit`.
+    Returns when every message it sent has been received. A full backward B is I, then W at once. Raises what a stage raises, and
+    comm.PeerError when a peer is gone or too slow.
     """
+    queues = queues or dict.fromkeys(("compute", "high"), HostQueue(late=False))
     overlap = overlap and all(isinstance(stage, OverlapStage) for stage in stages.values())
-    backwards = {i.pair: i.action for i in instructions if isinstance(i, Run) and i.pair is not None and i.action.kind in "BI"}
+    backwards = {i.pair: i for i in instructions if isinstance(i, Run) and i.pair is not None and i.action.kind in "BI"}
     pairs: dict[int, Overlapped] = {}
-    values: dict[Key, torch.Tensor | None] = {}  # inputs and output gradients that are here
-    results: dict[Key, torch.Tensor | None] = {}  # computed, about to be sent
+    values: dict[Key, _Value] = {}  # inputs and output gradients that are here
+    results: dict[Key, _Value] = {}  # computed, about to be sent
+
+    def take(run: Run) -> torch.Tensor | None:
+        """The message that an action needs, or what the neighbouring stage on this rank left for it."""
+        key = _source(run.action, placement)
+        return None if key is None else values.pop(key).on(queues[run.entry])
 
     for instruction in _inputs_first(instructions) if overlap else instructions:
         for observer in observers:
@@ -90,37 +117,47 @@ def execute(
         match instruction:
             case Post(message):
                 mailbox.post(message, (message.source, message.target))
-            case Wait(message):
-                values[message[:4]] = mailbox.wait(message)
+            case Wait(message, queue):
+                arrived = _issue(queues[queue], partial(mailbox.wait, message))
+                values[message[:4]] = _Value(arrived, queues[queue], queues[queue].event())
             case Send(message):
-                tensor = results.pop(message[:4])
-                if tensor is None:
+                value = results.pop(message[:4])
+                if value.tensor is None:
                     raise ValueError(f"{message}: the stage returned None, its neighbour expects a tensor")
-                mailbox.send(message, (message.source, message.target), tensor)
+                _issue(value.queue, partial(mailbox.send, message, (message.source, message.target), value.tensor))
             case Run(action, pair):
                 stage = stages[action.lane, action.stage]
                 if pair is None or not overlap or action.kind == "R":
-                    result = _run(action, stage, _take(action, placement, values))
+                    result = _run(action, stage, take(instruction))
                 else:
                     if action.kind == "F":
-                        x, other = _take(action, placement, values), backwards[pair]
-                        partner, grad = stages[other.lane, other.stage], _take(other, placement, values)
+                        x, backward = take(instruction), backwards[pair]
+                        other, grad = stages[backward.action.lane, backward.action.stage], take(backward)
                         assert isinstance(stage, OverlapStage)
-                        pairs[pair] = stage.overlap(action.microbatch, x, partner, other.microbatch, grad)
+                        pairs[pair] = stage.overlap(action.microbatch, x, other, backward.action.microbatch, grad)
                     result = _run_in_pair(action, stage, pairs[pair])
                     if action.kind in "BW":
                         del pairs[pair]
                 if (key := _target(action, placement)) is not None:
                     local = placement.rank(key[1], key[2]) == placement.rank(action.lane, action.stage)
-                    (values if local else results)[key] = result
+                    exit = queues[instruction.exit]
+                    (values if local else results)[key] = _Value(result, exit, exit.event())
         for observer in observers:
             observer.end(instruction)
     assert not results, f"computed but never sent: {list(results)}"
     mailbox.drain()
 
 
+def _issue(queue: Queue, work: Callable[[], Any]) -> Any:
+    """Issues host-side work on tensors of a queue, and does not leave it lying there."""
+    result = []
+    queue.run(lambda: result.append(work()))
+    queue.push()
+    return result[0]
+
+
 def _run(action: Action, stage: Stage, given: torch.Tensor | None) -> torch.Tensor | None:
-    """Runs one action on what `_take` found for it, returns what `_target` says who needs."""
+    """Runs one action on what is given for it, returns what `_target` says who needs."""
     if action.kind == "F":
         return stage.forward(action.microbatch, given)
     if action.kind == "R":
@@ -143,13 +180,13 @@ def _run_in_pair(action: Action, stage: Stage, pair: Overlapped) -> torch.Tensor
     return result
 
 
-def _take(action: Action, placement: Placement, values: dict[Key, torch.Tensor | None]) -> torch.Tensor | None:
-    """The message that an action needs, or what the neighbouring stage on this rank left for it."""
+def _source(action: Action, placement: Placement) -> Key | None:
+    """What an action needs of a neighbouring stage."""
     kind, index, microbatch, lane = action
     if kind == "F" and index:
-        return values.pop(("activation", lane, index, microbatch))
+        return "activation", lane, index, microbatch
     if kind in "BI" and index + 1 < placement.stages:
-        return values.pop(("gradient", lane, index, microbatch))
+        return "gradient", lane, index, microbatch
     return None
 
 

@@ -113,9 +113,17 @@ def test_a_missing_wait_never_goes_unnoticed(recompute):
 
 
 def test_what_is_used_too_early_is_named():
-    toy = Toy(blocks=2)
-    chain = toy.chain()
-    run = Pass(chain, {name: HostQueue(late=True) for name in NAMES}, {"x0": streams(1)})
-    run.forward_all()
-    with pytest.raises(AssertionError, match="x4 is asked for before it is there"):
-        run.result()
+    queues = {name: HostQueue(late=name == "high") for name in NAMES}
+    queues["compute"].wait = lambda event: None
+    run = Pass(Toy(blocks=2).chain(), queues, {"x0": streams(1)})
+    with pytest.raises(AssertionError, match="starts before its input normed2 is there: no event orders them"):
+        run.forward_all()
+
+
+def test_pushed_work_needs_nobody_to_wait():
+    done = []
+    queue = HostQueue(late=True)
+    queue.run(lambda: done.append(1))
+    assert done == []
+    queue.push()
+    assert done == [1]
