@@ -123,7 +123,7 @@ class _Rank:
         self.events: dict[int, float | Message] = {}  # the time, or the message with whose arrival it comes
         self.exposed = self.hidden = self.live_bytes = self.peak_bytes = 0.0
         self.live = self.peak_live = 0
-        self.recomputed: list[tuple[float, float]] = []  # since the last wait: (start, end)
+        self.recomputed: dict[tuple[int, int, int], tuple[float, float]] = {}  # lane, stage, micro-batch -> (start, end)
         self.awaited: tuple[float, float] | None = None  # (sent, arrived) of what the high-priority queue waits for
         self.spans: list[Span] = []
 
@@ -209,7 +209,7 @@ class _Rank:
             self.live -= 1
             self.live_bytes -= self.bytes * factor
         if kind == "R":
-            self.recomputed.append((end - length, end))
+            self.recomputed[lane, stage, microbatch] = end - length, end
 
     def _piece(self, instruction: Run, queue: ComputeQueue, after: float, length: float) -> float:
         kind, stage, microbatch, lane = instruction.action
@@ -226,9 +226,8 @@ class _Rank:
 
     def _wait(self, instruction: Wait, sent: float, arrived: float) -> None:
         message, queue = instruction.message, instruction.queue
-        if message.kind == "gradient":
-            self.hidden += sum(max(0.0, min(end, arrived) - start) for start, end in self.recomputed)
-            self.recomputed.clear()
+        if message.kind == "gradient" and (again := self.recomputed.pop(message[1:4], None)):
+            self.hidden += max(0.0, min(again[1], arrived) - again[0])
         free = self.clock[queue]
         self.clock[queue] = max(free, arrived)
         if queue == "high":

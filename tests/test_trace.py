@@ -173,6 +173,16 @@ def test_costs_of_stages_that_differ():
     assert costs.weights == (0.5, 1.5)
 
 
+@pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipe", "dualpipev"])
+def test_simulation_and_recording_count_alike(name):
+    """The spans of a simulation, taken as recorded ones, give what the simulator says of itself."""
+    predicted = simulate(compile(build(name, 4, 8), recompute=True), Costs(f=4, b=5, w=3, r=2, link=1.5))
+    summaries = recorded(predicted.spans, name).summaries
+    assert [s.hidden for s in summaries] == pytest.approx(predicted.hidden_recompute)
+    assert [s.busy for s in summaries] == pytest.approx(predicted.busy)
+    assert 0 < sum(predicted.hidden_recompute) < 4 * 8 * 2
+
+
 def test_a_step_starts_at_zero():
     spans = merge([[Span(0, "compute", 1005, 1010, "0F0", "F", 0, 0, 0)], [Span(1, "wait", 1003, 1012, "wait")]], linear(2))
     assert [(s.rank, s.start, s.end) for s in spans] == [(0, 2, 7), (1, 0, 9)]
