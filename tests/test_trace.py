@@ -1,5 +1,7 @@
 """Recorded steps: spans against what is known to have happened, over real processes with stages that sleep."""
 
+import contextlib
+import os
 import time
 
 import pytest
@@ -171,6 +173,25 @@ def test_costs_of_stages_that_differ():
     costs = measured_costs(Recording("", build("1f1b", 2, 2), False, tuple(spans)))
     assert (costs.f, costs.b, costs.w, costs.link) == (20, 40, 60, 5)
     assert costs.weights == (0.5, 1.5)
+
+
+def record_ahead_of_others(rank, folder):
+    """Takes precedence over other work on the machine, if that is allowed: sleeping stages then keep their times."""
+    with contextlib.suppress(PermissionError):
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setscheduler(int(thread), os.SCHED_FIFO, os.sched_param(1))
+    record(rank, folder, "1f1b", True)
+
+
+def test_recomputation_hides_where_the_simulator_says(tmp_path):
+    """1f1b over two ranks: while the last rank computes, the first one recomputes."""
+    run_ranks(record_ahead_of_others, 2, tmp_path)
+    recording = Recording.load(tmp_path / "step-000007.json")
+    costs = Costs(f=1e3 * F, b=1e3 * I, w=1e3 * W, r=1e3 * W)
+    possible = sum(simulate(recording.program(), costs).hidden_recompute)
+    hidden = sum(summary.hidden for summary in recorded(recording.spans, "").summaries)
+    assert possible == pytest.approx(4 * 1e3 * W)
+    assert hidden >= 0.9 * possible
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipe", "dualpipev"])
