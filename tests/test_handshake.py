@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_model import tiny_config
 
 from pipehc.comm.groups import edge_groups
 from pipehc.comm.handshake import compare_neighbours, connect, digest, overlap_warnings
@@ -82,3 +83,21 @@ def test_warns_of_what_defeats_overlap(environment, on_gpu, expected):
     found = overlap_warnings(environment, ranks_here=4, cores=2, on_gpu=on_gpu)
     assert [text.startswith(start) for text, start in zip(found, expected)] == [True] * len(found)
     assert len(found) == len(expected)
+
+
+def test_the_trainer_refuses_ranks_that_do_not_fit_before_the_first_step():
+    from pipehc.trainer import Trainer, TrainingError  # imports Megatron: here, so that the processes need not
+
+    def build_trainer(rank, changes):
+        try:
+            Trainer(tiny_config("parallel.pp=2", "train.micro_batch=1", *changes[rank]))
+        except TrainingError as error:
+            return str(error)
+        return None
+
+    assert run_ranks(build_trainer, 2, [(), ()]) == [None, None]
+    first, second = run_ranks(build_trainer, 2, [(), ("residual.streams=2",)])
+    assert first == second
+    assert "stage message: rank 0 has (11, 1, 96) torch.float32, its neighbour rank 1 has (11, 1, 64) torch.float32" in first
+    first, second = run_ranks(build_trainer, 2, [(), ("train.global_batch=10",)])
+    assert first == second and "schedule: rank 0 has" in first and "stage message" not in first
