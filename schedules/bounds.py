@@ -77,7 +77,9 @@ def stages_of(placement: Placement, microbatches: int, costs: Costs, forward_onl
         # The chain of one micro-batch: 2 * count actions, with hops between them. before[i]: least time until action i can start;
         # pace[i]: the longest that one stage or link before it takes, the least distance of two micro-batches there.
         length = [*f, *reversed(b)]
-        hops, holds = [*hop, 0.0, *reversed(hop)], [*hold, 0.0, *reversed(hold)]
+        back = 0.0 if forward_only else 1.0  # nothing travels back
+        hops = [*hop, 0.0, *(back * x for x in reversed(hop))]
+        holds = [*hold, 0.0, *(back * x for x in reversed(hold))]
         before, pace = [0.0], [0.0]
         for i in range(2 * count - 1):
             before.append(before[-1] + length[i] + hops[i])

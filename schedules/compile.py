@@ -14,7 +14,7 @@ from pipehc.schedules.verify import verify
 
 
 def compile(
-    schedule: Schedule, *, ahead: int = 2, split_backward: bool = True, recompute: bool = False, high: bool = False
+    schedule: Schedule, *, ahead: int = 4, split_backward: bool = True, recompute: bool = False, high: bool = False
 ) -> Program:
     """The program of `schedule`, checked before and verified after.
 

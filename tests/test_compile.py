@@ -141,7 +141,7 @@ def test_receive_buffers_are_bounded_by_what_is_in_flight_not_by_the_number_of_m
     for name in FAMILIES:
         schedule = build(name, 4, microbatches)
         live = [round(x / schedule.placement.share) for x in check(schedule).peak_live]
-        program = compile(schedule)
+        program = compile(schedule, ahead=2)
         for (source, target), slots in program.receive_slots().items():
             limit = live[target] + 2 + 2
             # Activations, and gradients that wait for their weight gradients, come over one edge where it carries both.

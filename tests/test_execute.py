@@ -140,8 +140,10 @@ def test_wrong_shape_and_silent_peer_are_named():
 
 def vanishing_peer(rank):
     group = dist.new_group([0, 1])
+    dist.barrier()  # rank 0 must not be gone while rank 1 still connects
     if rank == 0:
-        return None
+        time.sleep(3)  # alive, but silent
+        return
     mailbox = Mailbox({(0, 1): group}, (1,), torch.float32, timeout_s=1)
     mailbox.post(("a", 0), (0, 1))
     with pytest.raises(PeerError, match=r"4 bytes"):
