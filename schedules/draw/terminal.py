@@ -15,7 +15,6 @@ from pipehc.schedules.draw.colors import KINDS, color, ink
 from pipehc.schedules.draw.timeline import Timeline
 from pipehc.schedules.spans import Span
 
-
 _BLOCKS = 10  # a step fills at most so many lines a rank
 
 
