@@ -32,5 +32,21 @@ lint: $(READY)
 	ln -s $(addprefix $(CURDIR)/,schedules comm kernels recompute) build/types/pipehc/
 	MYPYPATH=build/types $(BIN)/mypy -p pipehc
 
+# Counted traffic and compiled resources of the kernels, their times on a GPU, schedulers over sleeping stages, searched schedules.
+bench: $(READY)
+	$(BIN)/python tools/kernel_report.py
+	$(BIN)/python tools/bench_kernels.py
+	$(BIN)/python tools/bench_schedules.py
+	$(BIN)/python tools/auto_table.py
+
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,coefficients pre coefficients_pre post_res post_res_pre birkhoff isometric hybrid \
+	identity_offset harmonized hyper_connection)
+gpu-check: $(READY)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  PIPEHC_KERNELS=triton $(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS) && \
+	  $(BIN)/torchrun --standalone --nproc-per-node 1 -m pipehc.train --config configs/cpu_demo.yaml parallel.pp=1 \
+	    schedule.name=1f1b train.precision=bf16 train.steps=20 run.folder=runs/gpu_check checkpoint.resume=never; \
+	else echo "no CUDA device here: nothing to check"; fi
+
 clean:
 	rm -rf $(VENV) runs
