@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ Coefficients = torch.Tensor | None
 
 class Connection(Protocol):
     """What joins a sub-layer F to the residual: x_{l+1} = H_res x_l + H_post^T F(H_pre x_l)."""
+
+    track: bool  # whether it gathers figures of its maps
 
     def coefficients_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, Coefficients, Coefficients]:
         """[s, b, n*C] -> the input of F [s, b, C], H_post, H_res."""
@@ -93,7 +96,12 @@ def _pre(sublayer: Sublayer, k: int) -> Piece:
         h, h_post, h_res = sublayer.connection.coefficients_pre(x)
         return sublayer.norm(h), h_post, h_res
 
-    return Piece(f"{sublayer.name}.pre", run, (f"x{k}",), _made_by_pre(k), sublayer.f[0].node, rebuilt=True)
+    def run_again(x: torch.Tensor) -> tuple[Any, ...]:
+        with _untracked(sublayer.connection):
+            return run(x)
+
+    names = (f"x{k}",), _made_by_pre(k)
+    return Piece(f"{sublayer.name}.pre", run, *names, sublayer.f[0].node, rebuilt=True, run_again=run_again)
 
 
 def _post(sublayer: Sublayer, k: int) -> Piece:
@@ -111,8 +119,23 @@ def _post_pre(sublayer: Sublayer, following: Sublayer, k: int) -> Piece:
         x, h, h_post, h_res = sublayer.connection.post_res_pre(x, f, h_post, h_res, following.connection)
         return x, following.norm(h), h_post, h_res
 
-    return replace(_post(sublayer, k), name=f"{sublayer.name}.post_pre", run=run, outputs=(f"x{k + 1}", *_made_by_pre(k + 1)))
+    def run_again(*values: Any) -> tuple[Any, ...]:
+        with _untracked(following.connection):
+            return run(*values)
+
+    outputs = (f"x{k + 1}", *_made_by_pre(k + 1))
+    return replace(_post(sublayer, k), name=f"{sublayer.name}.post_pre", run=run, run_again=run_again, outputs=outputs)
 
 
 def _made_by_pre(k: int) -> tuple[str, str, str]:
     return f"normed{k}", f"h_post{k}", f"h_res{k}"
+
+
+@contextmanager
+def _untracked(connection: Connection) -> Iterator[None]:
+    """A map that is rebuilt was counted in the forward."""
+    track, connection.track = connection.track, False
+    try:
+        yield
+    finally:
+        connection.track = track

@@ -19,7 +19,8 @@ class Piece:
 
     run: called with the values of `inputs`, returns those of `outputs`. Values are tensors, or whatever else pieces have to tell
     each other. Floating tensors are differentiable. node: pieces of one node follow each other without a change of turns.
-    rebuilt: cheap to run again; with recomputation its results are dropped after the forward.
+    rebuilt: cheap to run again; with recomputation its results are dropped after the forward. run_again: what rebuilds them, if
+    not `run`: the same without its side effects.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Piece:
     node: str = ""
     rebuilt: bool = False
     queue: QueueName = "compute"
+    run_again: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

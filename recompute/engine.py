@@ -112,7 +112,7 @@ class Pass:
                         for name, value in zip(piece.inputs, inputs)
                         if isinstance(value, torch.Tensor) and value.numel() and self._chain.is_rebuilt(name, block)
                     }
-                outputs = self._record(index, inputs, dropped)
+                outputs = self._record(index, piece.run, inputs, dropped)
             self._put(piece, outputs)
             return None
 
@@ -251,12 +251,12 @@ class Pass:
 
     # -- graphs
 
-    def _record(self, index: int, inputs: list[Any], dropped: dict[int, str]) -> tuple[Any, ...]:
+    def _record(self, index: int, run: Callable[..., Any], inputs: list[Any], dropped: dict[int, str]) -> tuple[Any, ...]:
         """Runs a piece with autograd, in a graph of its own. dropped: addresses of storages that it must not keep."""
         piece = self._chain.pieces[index]
         entered, gradients = _enter(inputs)
         with torch.enable_grad(), self._hooks(piece, dropped), self._scope():
-            outputs = piece.run(*entered)
+            outputs = run(*entered)
         edges = (get_gradient_edge(v) if isinstance(v, torch.Tensor) and v.requires_grad else None for v in outputs)
         self._graphs[index] = _Graph(tuple(edges), gradients)
         return outputs
@@ -302,7 +302,8 @@ class Pass:
                 if crosses and isinstance(value, torch.Tensor):
                     queue.hold(value)
                 inputs.append(value)
-            for name, value in zip(piece.outputs, self._record(index, inputs, {}), strict=True):
+            outputs = self._record(index, piece.run_again or piece.run, inputs, {})
+            for name, value in zip(piece.outputs, outputs, strict=True):
                 uses = self._chain.uses_in_block(name, block)
                 if not uses:
                     continue

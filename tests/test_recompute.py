@@ -226,6 +226,25 @@ def test_a_late_rebuild_is_asked_for_by_the_backward():
     run_ranks(compare, 1)
 
 
+def test_maps_are_counted_once():
+    """Figures of H_res are the forward's: a sum over twice the tokens would round differently."""
+
+    def check(rank):
+        model = stage(build_groups(1, 1, 1, False))
+        connections = [c for layer in model.decoder.layers.values() for c in (layer.attention_connection, layer.mlp_connection)]
+        for connection in connections:
+            connection.track = True
+        found = []
+        for recompute in (False, True):
+            through_chain(model, 3, recompute=recompute)
+            assert [connection._tokens for connection in connections] == [S * B] * 8
+            found.append([connection.take_mean_h_res() for connection in connections])
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+        assert all(connection.track for connection in connections)
+
+    run_ranks(check, 1)
+
+
 def test_evaluation_keeps_nothing():
     def check(rank):
         model = stage(build_groups(1, 1, 1, False))

@@ -22,6 +22,8 @@ from pipehc.sublayers import Coefficients, Connection, Sublayer
 class PlainConnection(nn.Module):
     """The baseline: one stream, x + F(x)."""
 
+    track = False
+
     def coefficients_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return x, None, None
 
