@@ -33,7 +33,6 @@ Tracker = Callable[[tuple, Literal["send", "recv"], dist.Work], dist.Work]
 class _Pending(NamedTuple):
     work: dist.Work
     tensor: torch.Tensor
-    since: float
     peer: int  # rank of the world
 
 
@@ -107,7 +106,7 @@ class Mailbox:
         assert work is not None
         if self.tracker is not None:
             work = self.tracker(message, kind, work)
-        return _Pending(work, tensor, time.monotonic(), self._peers[edge])
+        return _Pending(work, tensor, self._peers[edge])
 
     def _finish(self, pending: _Pending, doing: str) -> None:
         doing = f"{doing} (process {pending.peer}, {_bytes(pending.tensor)})"
@@ -120,8 +119,9 @@ class Mailbox:
             else:
                 done = pending.work.wait(self._timeout)
         except RuntimeError as error:
-            waited = time.monotonic() - pending.since
-            raise PeerError(f"{doing} failed after {waited:.1f} s: {first_line(error)}") from error
+            waited = time.monotonic() - self.waiting.since
+            clock = time.strftime("%H:%M:%S", time.localtime(time.time() - waited))
+            raise PeerError(f"{doing} failed after {waited:.1f} s, since {clock}: {first_line(error)}") from error
         if done is False:
             raise PeerError(f"{doing} took longer than {self._timeout.total_seconds():.0f} s")
         self.waiting = None

@@ -145,11 +145,18 @@ class Watchdog:
             yield f"{_clock(self._last)}  not finished  {_describe(self._current)}"
 
 
-def stopped_siblings(resume: bool = False) -> list[str]:
-    """Which other processes of this process's launcher on this machine are stopped (SIGSTOP), in words.
+class Stopped(NamedTuple):
+    """A process that is stopped (SIGSTOP). It cannot notice that its job has ended, nor say where it was, until it is resumed."""
 
-    resume: lets them go on: a stopped process cannot notice that its job has ended, nor say where it was.
-    """
+    rank: str
+    process: psutil.Process
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.process.pid}) is stopped"
+
+
+def stopped_siblings() -> list[Stopped]:
+    """Which other ranks of this process's launcher on this machine are stopped."""
     found = []
     try:
         siblings = psutil.Process(os.getppid()).children()
@@ -157,11 +164,8 @@ def stopped_siblings(resume: bool = False) -> list[str]:
         return []
     for process in siblings:
         try:
-            rank = process.environ().get("RANK") if process.status() == psutil.STATUS_STOPPED else None
-            if rank is not None:
-                found.append(f"rank {rank} (process {process.pid}) is stopped")
-                if resume:
-                    process.resume()
+            if process.status() == psutil.STATUS_STOPPED and (rank := process.environ().get("RANK")):
+                found.append(Stopped(rank, process))
         except psutil.Error:
             continue
     return found

@@ -67,10 +67,11 @@ class Progress:
 
     def report(self, what: str) -> None:
         """Says, once a job, why this process ends; leaves what it did last in the run folder; lets stopped processes end too."""
-        stopped = stopped_siblings(resume=True)
-        say_once("; ".join([f"pipehc: rank {os.environ['RANK']} {what}", *stopped]), "end")
+        say_once("; ".join([f"pipehc: rank {os.environ['RANK']} {what}", *map(str, stopped_siblings())]), "end")
         if self.watchdog is not None:
             self.watchdog.dump(what)
+        for sibling in stopped_siblings():  # after it was said: other ranks may be about to say it
+            sibling.process.resume()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -172,7 +172,8 @@ def test_a_faulty_rank_ends_the_job_with_a_report_of_every_rank(tmp_path, fault)
     message = errors[errors.index("pipehc: rank") :].split("torch/distributed/elastic")[0]
     if fault in ("stopped", "slow"):
         # The neighbour that waits for rank 1 names the message, where it comes from, how large it is and how long it waited.
-        assert re.search(r"(activation|gradient) for stage \d, micro-batch \d, rank 1 -> [02] \(process 1, 2048 bytes\)", message)
+        message_of_rank_1 = r"(activation|gradient) for stage \d, micro-batch \d, rank 1 -> [02] \(process 1, 2048 bytes\)"
+        assert re.search(message_of_rank_1 + r".* since \d\d:\d\d", message)
     if fault == "stopped":
         assert re.search(r"rank 1 \(process \d+\) is stopped", message)
     if fault == "wrong shape":
