@@ -36,7 +36,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python tools/kernel_report.py
 	$(BIN)/python tools/bench_kernels.py
-	$(BIN)/python tools/bench_schedules.py
+	$(BIN)/python tools/bench_schedules.py $(if $(filter 0,$(shell id -u)),--realtime)
 	$(BIN)/python tools/auto_table.py
 
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,coefficients pre coefficients_pre post_res post_res_pre birkhoff isometric hybrid \
