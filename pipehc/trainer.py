@@ -21,6 +21,7 @@ from pipehc.learning_rate import learning_rate
 from pipehc.megatron.groups import build_groups
 from pipehc.megatron.model import DTYPES, build_stage, initialise, parameter_names
 from pipehc.megatron.optimizer import build_optimizer
+from pipehc.reduction import EarlyReduction
 from pipehc.schedules import Program, build, compile
 from pipehc.schedules.execute import Observer, execute
 from pipehc.stage import ModelStage
@@ -162,7 +163,10 @@ class Trainer:
             for key, chain in self._chains.items()
         }
         instructions, overlap = program.instructions[self.groups.pp_rank], self.config.runtime.overlap
-        execute(instructions, schedule.placement, stages, self.mailbox, self.observers, overlap, self._queues)
+        observers = list(self.observers)
+        if not schedule.forward_only:
+            observers.append(EarlyReduction(program, self.groups.pp_rank, self._start_reduction))
+        execute(instructions, schedule.placement, stages, self.mailbox, observers, overlap, self._queues)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
         finite = bool(torch.isfinite(total))
@@ -171,6 +175,13 @@ class Trainer:
         if everywhere[1] > 0:
             self._stop_everywhere(None if finite else f"the loss of step {step} is {float(total)}; no weight was changed")
         return float(everywhere[0]) / tokens_in_all
+
+    def _start_reduction(self, held: tuple[int, int]) -> None:
+        compute = self._queues["compute"]
+        for queue in self._queues.values():  # gradients of hyper-connections come from other queues
+            if queue is not compute:
+                compute.wait(queue.event())
+        self.optimizer.start_reduction(self.models[held])
 
     def _stop_everywhere(self, problem: str | None) -> None:
         """Raises the first rank's problem as TrainingError on every rank, if any rank has one. Collective."""

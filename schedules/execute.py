@@ -96,8 +96,8 @@ def execute(
     stages: by (lane, stage), all that the placement puts on this rank. observers: see `Observer`. overlap: interleave pairs if all
     stages can; else the forward of a pair runs before its backward. queues: `compute` and `high`; those that stages use. A stage's
     input is complete for what is issued to the queue `entry` of the instruction that runs it, and its result for the queue `exit`.
-    Returns when every message it sent has been received. A full backward B is I, then W at once. Raises what a stage raises, and
-    comm.PeerError when a peer is gone or too slow.
+    Returns when every message it sent has been received; `compute` then waits for the other queues. A full backward B is I, then W
+    at once. Raises what a stage raises, and comm.PeerError when a peer is gone or too slow.
     """
     queues = queues or dict.fromkeys(("compute", "high"), HostQueue(late=False))
     overlap = overlap and all(isinstance(stage, OverlapStage) for stage in stages.values())
@@ -145,6 +145,9 @@ def execute(
         for observer in observers:
             observer.end(instruction)
     assert not results, f"computed but never sent: {list(results)}"
+    for side in queues.values():
+        if side is not queues["compute"]:
+            queues["compute"].wait(side.event())
     mailbox.drain()
 
 

@@ -38,6 +38,7 @@ class Optimizer:
             install_deferral(chunk)
         self._megatron = _distributed_optimizer(config, groups, self._chunks)
         self._parts: list[DistributedOptimizer] = self._megatron.chained_optimizers  # dense and, with ep > 1, experts
+        self._reducing: set[StageModel] = set()
         self._names = {parameter: name for model in models for name, parameter in parameter_names(model).items()}
         self._steps = torch.zeros(1, dtype=torch.int64)
         for part in self._parts:
@@ -48,10 +49,24 @@ class Optimizer:
         """Forget all gradients; call before the first backward of a step."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.is_last_microbatch = False  # reductions start when we say so, not by counting gradients
         self._megatron.zero_grad()
+        self._reducing.clear()
+
+    def start_reduction(self, model: StageModel) -> None:
+        """Start to sum the gradients of a stage over its replicas; call after the last weight gradient of a step. Asynchronous.
+
+        All replicas must start their stages in the same order.
+        """
+        self._chunks[self.models.index(model)].start_grad_sync()
+        self._reducing.add(model)
 
     def reduce_gradients(self) -> None:
-        """Sum the gradients over the replicas, stage by stage; call after the last backward of a step."""
+        """Sum the gradients over the replicas, of stages not yet started in their order; call after the last backward of a step."""
+        for model in self.models:
+            if model not in self._reducing:
+                self.start_reduction(model)
         for chunk in self._chunks:
             chunk.finish_grad_sync()
 
@@ -160,7 +175,7 @@ def build_optimizer(config: Any, groups: Groups, models: Sequence[StageModel]) -
 
 
 def _wrap(model: StageModel, groups: Groups) -> DistributedDataParallel:
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True)
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, use_distributed_optimizer=True)
     layout = DistributedOptimizer.compute_full_param_layout(
         [p for p in model.parameters() if p.requires_grad],
         None,
@@ -169,7 +184,8 @@ def _wrap(model: StageModel, groups: Groups) -> DistributedDataParallel:
         expert_data_parallel_world_size=groups.collection.expt_dp.size(),
     )
     # Not `disable_bucketing`: that puts the bf16 and fp32 weights of a stage into one coalesced all-gather, which gloo garbles.
-    # Without overlap every buffer is one bucket anyway. With it, only pipeline rank 0 would make several, and its mirror must too.
+    # The layout, not DDP, says how many buckets there are: one a buffer. DDP would cut those of pipeline rank 0 alone, and not
+    # those of its mirror. `overlap_grad_reduce` lets reductions be asynchronous.
     return DistributedDataParallel(model.config, settings, model, pg_collection=groups.collection, full_param_layout=layout)
 
 
