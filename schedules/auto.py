@@ -19,14 +19,16 @@ from pipehc.schedules.actions import parse
 from pipehc.schedules.check import check
 from pipehc.schedules.costs import Costs
 from pipehc.schedules.families import FAMILIES, build
-from pipehc.schedules.placement import Placement, bidirectional, linear, vee
+from pipehc.schedules.placement import Placement, bidirectional, linear, looped, vee
 from pipehc.schedules.schedule import Schedule
 from pipehc.schedules.search.dispatch import NEVER
 from pipehc.schedules.search.problem import Problem, pose
 from pipehc.schedules.search.race import Budget, Race
 from pipehc.schedules.simulate import SimulationResult, simulate
 
-PLACEMENTS: dict[str, Callable[[int], Placement]] = {"linear": linear, "v": vee, "bidirectional": bidirectional}
+SEARCHED: dict[str, Callable[[int], Placement]] = {"linear": linear, "v": vee, "bidirectional": bidirectional}
+LOOPED_CHUNKS = (2, 4)  # of the interleaved schedules that `looped` stands for
+PLACEMENTS = (*SEARCHED, "looped")
 ALGORITHM = 1  # part of the cache key: raise it when results change
 ATTEMPTS = 8
 ACTIONS_PER_SECOND = 200_000  # that a slow machine places: the budget is counted in actions, the clock seldom ends it
@@ -64,7 +66,7 @@ def auto(
     microbatches: int,
     costs: Costs,
     max_live: float | None = None,
-    placements: Sequence[str] = tuple(PLACEMENTS),
+    placements: Sequence[str] = tuple(SEARCHED),
     time_limit: float = 10.0,
     seed: int = 0,
     cache: str | PathLike[str] | None = None,
@@ -78,7 +80,7 @@ def auto_report(
     microbatches: int,
     costs: Costs,
     max_live: float | None = None,
-    placements: Sequence[str] = tuple(PLACEMENTS),
+    placements: Sequence[str] = tuple(SEARCHED),
     time_limit: float = 10.0,
     seed: int = 0,
     cache: str | PathLike[str] | None = None,
@@ -86,8 +88,9 @@ def auto_report(
     """Searches for the fastest schedule within the cap.
 
     max_live: activations of 1/P of the model that a rank may hold, from the start of F to the end of W; None: no limit.
-    placements: those allowed, of linear, v and bidirectional. time_limit: seconds, after which the best so far is returned; the
-        named schedules are looked at in any case.
+    placements: those allowed, of linear, v, bidirectional and looped. Looped stands for the named interleaved schedules with 2
+        and 4 chunks: they are compared, not searched. time_limit: seconds, after which the best so far is returned; the named
+        schedules are looked at in any case.
     seed: the same seed gives the same schedule, unless the clock stops the search (see AutoReport.cut_short).
     cache: folder that keeps results by content; in memory they are kept in any case.
     Raises ValueError, naming key and value, for what is not allowed, and if no schedule can respect the cap.
@@ -126,25 +129,27 @@ def _search(
     seed: int,
 ) -> AutoReport:
     deadline = monotonic() + 0.95 * time_limit  # what is left is for the last checks
-    problems = [pose(PLACEMENTS[name](ranks), microbatches, costs, max_live) for name in placements]
-    open_problems = sorted((p for p in problems if p is not None), key=lambda p: p.bound)
-    if not open_problems:
+    open_problems = _posed([SEARCHED[name](ranks) for name in placements if name in SEARCHED], microbatches, costs, max_live)
+    named_only = [looped(ranks, chunks) for chunks in LOOPED_CHUNKS] if "looped" in placements else []
+    problems = open_problems + _posed(named_only, microbatches, costs, max_live)
+    examples = _named(problems, costs)
+    if not open_problems and not examples:
         raise ValueError(
             f"max_live = {max_live}, microbatches = {microbatches}: no schedule on {ranks} ranks of placement "
             f"{' or '.join(placements)}; two lanes need an even number of micro-batches and 2 live activations, v needs 1"
         )
-    bound = min(problem.bound for problem in open_problems)
-    examples = _named(open_problems, costs)
+    bound = min(problem.bound for problem in problems)
     found = [(result.makespan, schedule) for schedule, result in examples]
     named, named_makespan = (found[0][1].name, found[0][0]) if found else (None, float("inf"))
     budget = Budget(time_limit * ACTIONS_PER_SECOND, deadline)
     # The list scheduler has every receive posted in time, a program only some ahead, and the program is what counts. So it may take
     # another race, with other dice, to find what is as good as a program.
     for attempt in range(ATTEMPTS):
-        if found and (found[0][0] <= bound * (1 + 1e-9) or budget.over(NEVER)):
+        if not open_problems or (found and (found[0][0] <= bound * (1 + 1e-9) or budget.over(NEVER))):
             break
         race = Race(open_problems, budget, seed + attempt * 1_000_003)
-        race.run([(schedule, result.spans) for schedule, result in examples])
+        searched = [problem.placement for problem in open_problems]
+        race.run([(schedule, result.spans) for schedule, result in examples if schedule.placement in searched])
         for candidate in race.best:
             if found and found[0][0] <= candidate.makespan * (1 + 1e-9):
                 break
@@ -159,13 +164,21 @@ def _search(
     return AutoReport(replace(schedule, name="auto"), makespan, bound, named, named_makespan, budget.cut_short)
 
 
+def _posed(placements: Sequence[Placement], microbatches: int, costs: Costs, max_live: float | None) -> list[Problem]:
+    """The problems that have a schedule within the cap, the one with the lowest bound first."""
+    problems = [pose(placement, microbatches, costs, max_live) for placement in placements]
+    return sorted((p for p in problems if p is not None), key=lambda p: p.bound)
+
+
 def _named(problems: Sequence[Problem], costs: Costs) -> list[tuple[Schedule, SimulationResult]]:
     """The named schedules of these problems that respect the cap, and what they cost, the fastest first."""
     found: list[tuple[Schedule, SimulationResult]] = []
+    if not problems:
+        return found
     ranks, microbatches, max_live = problems[0].placement.ranks, problems[0].microbatches, problems[0].max_live
-    for name in FAMILIES:
+    for name, chunks in [*((name, None) for name in FAMILIES), *(("interleaved", chunks) for chunks in LOOPED_CHUNKS)]:
         try:
-            schedule = build(name, ranks, microbatches)
+            schedule = build(name, ranks, microbatches, chunks=chunks)
         except ValueError:
             continue  # the family has no schedule for these numbers
         if any(schedule.placement == problem.placement for problem in problems):

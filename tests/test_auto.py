@@ -15,7 +15,7 @@ from test_simulate import all_schedules, oracle, runs
 
 import pipehc.schedules.search.race
 from pipehc.schedules import FAMILIES, Costs, Pair, auto, auto_report, build, check, compile, simulate
-from pipehc.schedules.auto import PLACEMENTS, _search
+from pipehc.schedules.auto import SEARCHED, _search
 from pipehc.schedules.placement import linear
 from pipehc.schedules.search.dispatch import NEVER, dispatch
 from pipehc.schedules.search.patterns import live, steady_state
@@ -53,7 +53,7 @@ def test_figures_of_the_issue(
 def test_best_of_all_small_schedules(kind: str, seed: int) -> None:
     random = Random(seed)
     costs = Costs(*(random.uniform(0.2, 3) for _ in range(3)), link=random.uniform(0, 2))
-    placement = PLACEMENTS[kind](2)
+    placement = SEARCHED[kind](2)
     best: dict[int, float] = {}
     for schedule in all_schedules(placement, 2):
         if runs(schedule):
@@ -87,7 +87,7 @@ def problems(draw: st.DrawFn) -> tuple[int, int, Costs, float | None, tuple[str,
         microbatch_weights=draw(st.sampled_from([None, tuple(1 + 0.2 * (i % 4) for i in range(microbatches))])),
     )
     cap = draw(st.sampled_from([None, 1, 2, ranks, ranks + 1.5]))
-    kinds = draw(st.lists(st.sampled_from(sorted(PLACEMENTS)), min_size=1, max_size=3, unique=True))
+    kinds = draw(st.lists(st.sampled_from(sorted(SEARCHED)), min_size=1, max_size=3, unique=True))
     return ranks, microbatches, costs, cap, tuple(kinds)
 
 
@@ -100,11 +100,11 @@ def test_promises(problem: tuple[int, int, Costs, float | None, tuple[str, ...]]
         report = auto_report(ranks, microbatches, costs, cap, kinds, time_limit=0.05, seed=seed)
     except ValueError as error:
         assert "max_live" in str(error)
-        assert all(pose(PLACEMENTS[kind](ranks), microbatches, costs, cap) is None for kind in kinds)
+        assert all(pose(SEARCHED[kind](ranks), microbatches, costs, cap) is None for kind in kinds)
         return
     facts = check(report.schedule)
     assert cap is None or max(facts.peak_live) <= cap
-    assert report.schedule.placement in [PLACEMENTS[kind](ranks) for kind in kinds]
+    assert report.schedule.placement in [SEARCHED[kind](ranks) for kind in kinds]
     assert simulate(report.schedule, costs).makespan == report.makespan
     assert report.lower_bound <= report.makespan * (1 + 1e-9)
     for name in FAMILIES:
@@ -113,19 +113,19 @@ def test_promises(problem: tuple[int, int, Costs, float | None, tuple[str, ...]]
         except ValueError:
             continue
         fits = cap is None or max(check(named).peak_live) <= cap
-        if fits and named.placement in [PLACEMENTS[kind](ranks) for kind in kinds]:
+        if fits and named.placement in [SEARCHED[kind](ranks) for kind in kinds]:
             assert report.makespan <= simulate(named, costs).makespan * (1 + 1e-9)
 
 
 def some_problems() -> list[Problem]:
     posed = [
-        pose(PLACEMENTS["bidirectional"](4), 8, Costs(2, 3, 1, link=1.3, latency=0.2), 5),
-        pose(PLACEMENTS["bidirectional"](4), 8, Costs(2, 3, 1, pair=5, link=0.5, weights=(1, 2, 1, 1.5)), None),
-        pose(PLACEMENTS["bidirectional"](3), 8, Costs(2, 3, 1, link=0.7), 4),
-        pose(PLACEMENTS["bidirectional"](4), 8, Costs(weights=((1, 1, 1, 2), (1, 1, 1, 1))), 5),
-        pose(PLACEMENTS["v"](4), 8, Costs(2, 3, 1, pair=7, link=0.7), 4.5),
-        pose(PLACEMENTS["v"](3), 5, Costs(2, 2, 2, microbatch_weights=(1, 2, 3, 1, 1)), None),
-        pose(PLACEMENTS["linear"](5), 7, Costs(2, 3, 1, link=4, latency=1), 3),
+        pose(SEARCHED["bidirectional"](4), 8, Costs(2, 3, 1, link=1.3, latency=0.2), 5),
+        pose(SEARCHED["bidirectional"](4), 8, Costs(2, 3, 1, pair=5, link=0.5, weights=(1, 2, 1, 1.5)), None),
+        pose(SEARCHED["bidirectional"](3), 8, Costs(2, 3, 1, link=0.7), 4),
+        pose(SEARCHED["bidirectional"](4), 8, Costs(weights=((1, 1, 1, 2), (1, 1, 1, 1))), 5),
+        pose(SEARCHED["v"](4), 8, Costs(2, 3, 1, pair=7, link=0.7), 4.5),
+        pose(SEARCHED["v"](3), 5, Costs(2, 2, 2, microbatch_weights=(1, 2, 3, 1, 1)), None),
+        pose(SEARCHED["linear"](5), 7, Costs(2, 3, 1, link=4, latency=1), 3),
     ]
     return [problem for problem in posed if problem is not None]
 
@@ -203,7 +203,7 @@ def test_named_schedules_are_imitated(name: str) -> None:
 
 
 def test_steady_state_overlaps_nothing() -> None:
-    problem = pose(PLACEMENTS["v"](4), 16, Costs(2, 3, 1, link=0.7), 6)
+    problem = pose(SEARCHED["v"](4), 16, Costs(2, 3, 1, link=0.7), 6)
     assert problem is not None
     random, found = Random(0), 0
     for _ in range(40):
@@ -225,7 +225,7 @@ def test_steady_state_overlaps_nothing() -> None:
 
 
 def test_same_seed_same_schedule() -> None:
-    problem = pose(PLACEMENTS["bidirectional"](4), 12, Costs(2, 3, 1.5, link=1), 4)
+    problem = pose(SEARCHED["bidirectional"](4), 12, Costs(2, 3, 1.5, link=1), 4)
     assert problem is not None
     rows = []
     for seed in (0, 0, 1):
@@ -238,7 +238,7 @@ def test_same_seed_same_schedule() -> None:
 
 
 def test_more_time_is_never_worse_and_the_clock_stops_it() -> None:
-    problem = pose(PLACEMENTS["bidirectional"](6), 24, Costs(2, 3, 1.5, link=1), 6)
+    problem = pose(SEARCHED["bidirectional"](6), 24, Costs(2, 3, 1.5, link=1), 6)
     assert problem is not None
     makespans = []
     for actions in (5_000, 100_000):
@@ -285,3 +285,15 @@ def test_refuses(arguments: dict, message: str) -> None:
 def test_one_rank() -> None:
     report = auto_report(1, 3, Costs(2, 3, 1), max_live=1, placements=("linear",))
     assert report.optimal and report.makespan == 18 and report.schedule.placement == linear(1)
+
+
+def test_looped_stands_for_the_named_interleaved_schedules():
+    """Four chunks a rank win where stages are many, links free and micro-batches few; the bound covers them too."""
+    costs = Costs(10, 20, 5)
+    report = auto_report(8, 16, costs, placements=("looped",))
+    best = min(simulate(build("interleaved", 8, 16, chunks=chunks), costs).makespan for chunks in (2, 4))
+    assert report.makespan == best and report.schedule.placement.kind == "looped"
+    assert report.lower_bound <= best + 1e-9
+    linear = auto_report(8, 16, costs, placements=("linear",), time_limit=1)
+    both = auto_report(8, 16, costs, placements=("linear", "looped"), time_limit=1)
+    assert both.makespan <= min(linear.makespan, best) + 1e-9

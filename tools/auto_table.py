@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pipehc.schedules import FAMILIES, Costs, auto_report, build, check, simulate
+from pipehc.schedules.auto import PLACEMENTS
 
 SIZES = ((2, 8), (4, 16), (5, 20), (6, 24), (8, 32), (16, 64))
 LINKS = (0.0, 0.3, 0.6, 1.0)
@@ -73,7 +74,9 @@ def main() -> None:
         costs = case.costs
         named, name = best_named(case)
         start = time.monotonic()
-        report = auto_report(case.ranks, case.microbatches, costs, case.cap, time_limit=arguments.time_limit, seed=arguments.seed)
+        report = auto_report(
+            case.ranks, case.microbatches, costs, case.cap, PLACEMENTS, time_limit=arguments.time_limit, seed=arguments.seed
+        )
         seconds = time.monotonic() - start
         gains.append(100 * (1 - report.makespan / named))
         gaps.append(100 * report.gap)
