@@ -80,7 +80,10 @@ def compare(rank_results, reference, label):
         scale = gradients[name].norm()
         assert scale > 0 or "experts" in name, (label, name)
         for copy in copies:
-            assert (copy - gradients[name]).norm() <= 1e-5 * scale, (label, name, float((copy - gradients[name]).norm() / scale))
+            # hybrid's lambda is one number: its gradient may be all but nothing, left over when large terms cancel.
+            floor = 1e-10 * norm if name.endswith("blend_logit") else 0
+            error = (copy - gradients[name]).norm()
+            assert error <= 1e-5 * scale + floor, (label, name, float(error / scale))
     assert seen_biases.keys() == biases.keys() and biases
     for name, copies in seen_biases.items():
         assert biases[name].abs().max() > 0, (label, name)
