@@ -32,7 +32,7 @@ from pipehc.comm.messages import PeerError, first_line
 from pipehc.comm.watchdog import Watchdog, stopped_siblings
 from pipehc.config import Config, ConfigError, add_config_arguments, check_data, check_world_size, run_with_config, to_yaml
 from pipehc.data import Sampler, Splits, open_splits
-from pipehc.metrics import METRICS, Reporter, save_config
+from pipehc.metrics import METRICS, Reporter
 from pipehc.once import say_once
 from pipehc.ranks import RankError, Ranks
 from pipehc.run_folder import RunFolder, set_aside
@@ -142,12 +142,10 @@ def train(config: Config, progress: Progress) -> None:
         # What an earlier run left here must not be pruned as old checkpoints of this one.
         for path in (checkpoints.folder, folder / METRICS):
             ranks.on_main(partial(set_aside, path))
-    if ranks.is_main:
-        save_config(folder, to_yaml(config))
     sampler = Sampler(len(splits.train), train.seed)
 
     _warn()
-    with Reporter(folder, train.steps, start, config.run.tensorboard, ranks.is_main) as reporter:
+    with Reporter(folder, train.steps, start, config.run.tensorboard, ranks.is_main, to_yaml(config)) as reporter:
         reporter.say(_greeting(config, splits, start, source, dist.get_world_size()))
 
         def evaluate(step: int) -> None:
@@ -172,9 +170,11 @@ def train(config: Config, progress: Progress) -> None:
                 reporter.step(
                     step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr, tokens_per_s=tokens_per_s, **gain
                 )
-            if _is_due(step, config.evaluation.interval, train.steps):
-                evaluate(step)
+            if evaluated := _is_due(step, config.evaluation.interval, train.steps):
+                evaluate(step)  # checks the replicas, too
             if _is_due(step, config.checkpoint.interval, train.steps):
+                if not evaluated:
+                    trainer.check_replicas()  # what has drifted apart must not replace a good checkpoint
                 progress.doing = f"while saving the checkpoint of step {step}"
                 extra = {
                     "data": splits.info.fingerprint,
@@ -182,7 +182,6 @@ def train(config: Config, progress: Progress) -> None:
                     "feedback": trainer.feedback.state(),
                     "config": to_yaml(config),
                 }
-                trainer.check_replicas()  # what has drifted apart must not replace a good checkpoint
                 checkpoints.save(step, trainer.state(), extra, {"rng": torch.get_rng_state()})
         reporter.finish()
 

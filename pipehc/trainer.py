@@ -43,7 +43,7 @@ class Trainer:
     """Builds this rank's stages and runs them. torch.distributed must be initialised; every rank makes one, with equal arguments.
 
     config: must fit the world size (`check_world_size`). After construction the weights are those of `train.seed`, equal in every
-    layout, until `load_state`.
+    layout, until a checkpoint is loaded into `state()`.
     """
 
     def __init__(self, config: Config) -> None:
