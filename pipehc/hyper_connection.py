@@ -133,6 +133,18 @@ class HyperConnection(nn.Module):
         following._record(h_res_next)
         return x_next.view(x.shape), y.view(f.shape), h_post_next, h_res_next
 
+    def forward(
+        self, x: Tensor, previous: tuple[HyperConnection, Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """`coefficients_pre` of x; or, with what the sub-layer before left (its connection, f, H_post, H_res), its `post_res_pre`.
+
+        Called as a module, so that hooks on the parameters' owner run.
+        """
+        if previous is None:
+            return self.coefficients_pre(x)
+        before, f, h_post, h_res = previous
+        return before.post_res_pre(x, f, h_post, h_res, self)
+
     # -- diagnostics
 
     def take_mean_h_res(self) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from pipehc.comm.queues import Queue
 from pipehc.overlap import Half, overlap
 from pipehc.recompute import Chain, Pass
+from pipehc.sublayers import CONTEXT
 from pipehc.wgrad import WeightGradStore
 
 Batch = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
@@ -64,7 +65,7 @@ class ModelStage:
 
     def start_forward(self, microbatch: int, x: torch.Tensor | None) -> _Live:
         """A pass that has its inputs."""
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {CONTEXT: None}
         if x is not None:
             given["x0"] = x
         if self._first or self._last:

@@ -9,10 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
-from pipehc.recompute import Chain, Exchange, Piece
-from pipehc.recompute.chain import QueueName, differentiable
+from pipehc.recompute import Chain, Piece
+from pipehc.recompute.chain import QueueName
 
 Coefficients = torch.Tensor | None
+
+CONTEXT = "context"
+"""A value that comes from outside the chain and is the same for all its sub-layers: masks, positions. None if there are none."""
 
 
 class Connection(Protocol):
@@ -38,7 +41,8 @@ class Connection(Protocol):
 @dataclass(frozen=True)
 class Sublayer:
     """norm: of the input of F. f: the pieces of F; they make the value `f` from the value `normed`, both [s, b, C]. Names of values
-    need be unique within the sub-layer only. post_node, post_queue: of F_post,res; node None: that of the last piece of F."""
+    need be unique within the sub-layer only, but for CONTEXT. post_node, post_queue: of F_post,res; node None: that of the last
+    piece of F."""
 
     name: str
     connection: Connection
@@ -46,16 +50,6 @@ class Sublayer:
     f: tuple[Piece, ...]
     post_node: str | None = None
     post_queue: QueueName = "compute"
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, b, n*C] -> [s, b, n*C], in one graph."""
-        h, h_post, h_res = self.connection.coefficients_pre(x)
-        values: dict[str, Any] = {"normed": self.norm(h)}
-        for piece in self.f:
-            inputs = [values[name] for name in piece.inputs]
-            outputs = differentiable(piece, inputs) if isinstance(piece, Exchange) else piece.run(*inputs)
-            values.update(zip(piece.outputs, outputs, strict=True))
-        return self.connection.post_res(x, values["f"], h_post, h_res)
 
 
 def build_chain(sublayers: Sequence[Sublayer], blocks: Sequence[range], entry: Piece | None, exit: Piece | None) -> Chain:
@@ -84,7 +78,7 @@ def _f(sublayer: Sublayer, k: int) -> list[Piece]:
         replace(
             piece,
             name=f"{sublayer.name}.{piece.name}",
-            inputs=tuple(f"{name}{k}" for name in piece.inputs),
+            inputs=tuple(name if name == CONTEXT else f"{name}{k}" for name in piece.inputs),
             outputs=tuple(f"{name}{k}" for name in piece.outputs),
         )
         for piece in sublayer.f

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-import torch
-
 QueueName = Literal["compute", "high", "communication"]
 
 
@@ -104,22 +102,3 @@ class Chain:
             nodes.append(Node(name, start, stop))
             start = stop
         return nodes
-
-
-def differentiable(exchange: Exchange, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    """The outputs of an exchange, as a part of the graph that its inputs are in. Waits for them."""
-    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    outputs: tuple[torch.Tensor, ...] = _Exchanged.apply(exchange, list(inputs[len(tensors) :]), *tensors)
-    return outputs
-
-
-class _Exchanged(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, constants: list[Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.exchange, ctx.constants, ctx.count = exchange, constants, len(tensors)
-        outputs: tuple[torch.Tensor, ...] = exchange.run(*tensors, *constants)()
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *ctx.exchange.run_backward(grads, *ctx.constants)()[: ctx.count]

@@ -13,6 +13,7 @@ from pipehc.megatron.groups import build_groups
 from pipehc.megatron.model import StageModel, build_stage, initialise, parameter_names
 from pipehc.megatron.wgrad import install_deferral
 from pipehc.recompute import Pass, SavedBytes, cut, memory, optimal_block_size
+from pipehc.sublayers import CONTEXT
 from pipehc.wgrad import WeightGradStore
 from processes import run_ranks
 
@@ -30,7 +31,8 @@ def stage(groups, *overrides, blocks=range(4), first=True, last=True) -> StageMo
 def given(model, microbatch=0):
     tokens, labels = micro_batch(tiny_config(), microbatch)
     streams = torch.randn(S, B, model.config.hidden_size * model.streams, generator=torch.Generator().manual_seed(microbatch))
-    return ({"tokens": tokens} if model.first else {"x0": streams}) | ({"labels": labels} if model.last else {})
+    first = {"tokens": tokens} if model.first else {"x0": streams}
+    return {CONTEXT: None} | first | ({"labels": labels} if model.last else {})
 
 
 def through_chain(model, block=None, queues=QUEUES, **options):
@@ -48,6 +50,7 @@ def through_chain(model, block=None, queues=QUEUES, **options):
 
 def in_one_graph(model):
     values = given(model)
+    del values[CONTEXT]
     x = values.pop("x0").requires_grad_() if not model.first else None
     store = WeightGradStore()
     with store.deferring():

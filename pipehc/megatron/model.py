@@ -2,36 +2,31 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import nn
 
 from pipehc.hyper_connection import HyperConnection, contract, expand
+from pipehc.megatron.attention import CoreAttention, LatentAttention
 from pipehc.megatron.groups import Groups
-from pipehc.megatron.layer import HyperConnectionLayer, hyper_connection_layer_spec
+from pipehc.megatron.layer import HyperConnectionLayer
 from pipehc.recompute import Chain, Piece, cut
 from pipehc.sublayers import build_chain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass
-class StageConfig(MLATransformerConfig):
-    """Megatron's configuration of the layers, and ours of the residual connections (the section `residual`)."""
-
-    residual: Any = None
-
-
-def stage_config(config: Any, groups: Groups) -> StageConfig:
+def stage_config(config: Any, groups: Groups) -> MLATransformerConfig:
     """Translate our configuration into Megatron's.
 
     It says pipeline size 1: our stages number their blocks globally, and Megatron must add no offset of its own.
@@ -59,8 +54,7 @@ def stage_config(config: Any, groups: Groups) -> StageConfig:
             "expert_model_parallel_size": groups.ep_size,
             "expert_tensor_parallel_size": 1,
         }
-    return StageConfig(
-        residual=config.residual,
+    return MLATransformerConfig(
         num_layers=m.blocks,
         hidden_size=m.hidden_size,
         ffn_hidden_size=m.dense_ffn_size,
@@ -95,6 +89,16 @@ def stage_config(config: Any, groups: Groups) -> StageConfig:
     )
 
 
+def layer_spec(config: MLATransformerConfig, residual: Any, block: int) -> ModuleSpec:
+    """Megatron's released local spec of block `block` (from 0), with our layer and MLA that runs without TransformerEngine."""
+    spec = get_gpt_decoder_layer_specs(config, use_transformer_engine=False, normalization=config.normalization)[block]
+    attention = spec.submodules.self_attention
+    # Copied, not changed: blocks of one kind share their spec.
+    attention = replace(attention, module=LatentAttention, submodules=replace(attention.submodules, core_attention=CoreAttention))
+    submodules = replace(spec.submodules, self_attention=attention)
+    return replace(spec, module=HyperConnectionLayer, params={"residual": residual}, submodules=submodules)
+
+
 class Decoder(nn.Module):
     """The blocks of a stage by their number in the whole model, so that parameter names are the same in every partition."""
 
@@ -125,7 +129,7 @@ class StageModel(MegatronModule):
             )
         layers = {
             str(block): build_module(
-                hyper_connection_layer_spec(megatron, block),
+                layer_spec(megatron, config.residual, block),
                 config=megatron,
                 layer_number=block + 1,
                 pg_collection=groups.collection,

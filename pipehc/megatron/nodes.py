@@ -1,0 +1,153 @@
+"""The two sub-layers of any Megatron TransformerLayer, cut into pieces where the queue changes."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
+
+from pipehc.comm.expert import Splits, start_all_to_all
+from pipehc.norm import rms_norm
+from pipehc.recompute import Exchange, Piece
+from pipehc.sublayers import CONTEXT, Connection, Sublayer
+
+Context = Mapping[str, Any] | None
+"""What Megatron's blocks give their layers beside the streams (attention_mask, rotary_pos_emb, padding_mask ...), by name."""
+
+ATTENTION_ARGUMENTS = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "attention_bias", "packed_seq_params")
+
+
+class LayerNodes:
+    """The F of both sub-layers of `layer`, in the nodes attention | dispatch | mlp | combine | mlp_post.
+
+    A dense block has no all-to-alls; experts behind another dispatcher than Megatron's all-to-all are one piece.
+
+    All that a backward needs goes through the values of the pieces, so the backward of one micro-batch may run between the pieces
+    of another's forward. What must not happen is a second *forward* of the same layer between its `attention` and its `mlp_post`:
+    the token dispatcher keeps the routing of the latest one.
+    """
+
+    def __init__(self, layer: TransformerLayer) -> None:
+        self.layer, self.mlp = layer, layer.mlp
+
+    def sublayers(self, attention_connection: Connection, mlp_connection: Connection) -> tuple[Sublayer, Sublayer]:
+        """Attention and FFN, each inside its connection."""
+        layer, block = self.layer, self.layer.layer_number - 1
+        node = partial("{}.{}".format, block)
+        attention = Piece("f", self.attention, ("normed", CONTEXT), ("f",), node("attention"))
+        if not self.in_pieces:
+            mlp: tuple[Piece, ...] = (Piece("f", self.whole_mlp, ("normed", CONTEXT), ("f",), node("mlp")),)
+        else:
+            exchanged = self.mlp.token_dispatcher.ep_size > 1
+            arrived = ("arrived", "probs_arrived") if exchanged else ("tokens", "probs")
+            route = Piece("route", self._route, ("normed", CONTEXT), ("tokens", "probs", "splits"), node("attention"))
+            experts = Piece("experts", self._experts, ("normed", *arrived), ("routed", "shared"), node("mlp"))
+            sum_up = Piece("sum", self._sum, ("returned" if exchanged else "routed", "shared"), ("f",), node("mlp_post"))
+            mlp = route, experts, sum_up
+            if exchanged:
+                dispatch = Exchange(
+                    "dispatch", self._dispatch, ("tokens", "probs", "splits"), arrived, node("dispatch"),
+                    queue="communication", run_backward=self._dispatch_backward,
+                )  # fmt: skip
+                combine = Exchange(
+                    "combine", self._combine, ("routed", "splits"), ("returned",), node("combine"),
+                    queue="communication", run_backward=self._combine_backward,
+                )  # fmt: skip
+                mlp = route, dispatch, experts, combine, sum_up
+        return (
+            Sublayer(f"{block}.attention", attention_connection, norm(layer.input_layernorm), (attention,)),
+            Sublayer(f"{block}.mlp", mlp_connection, norm(layer.pre_mlp_layernorm), mlp, node("mlp_post"), "high"),
+        )
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the FFN is experts behind an all-to-all that can be started and ended apart."""
+        return (
+            self.layer.is_moe_layer
+            and type(self.mlp.token_dispatcher) is MoEAlltoAllTokenDispatcher
+            and not self.mlp.shared_expert_overlap
+            and not self.mlp.moe_layer_recompute
+            and not getattr(self.layer.config, "moe_latent_size", None)
+        )
+
+    def attention(self, normed: torch.Tensor, context: Context) -> tuple[torch.Tensor]:
+        """[s, b, C] -> [s, b, C]: attention, its bias and dropout."""
+        context = context or {}
+        given = {name: context[name] for name in ATTENTION_ARGUMENTS if context.get(name) is not None}
+        with self.random_state():
+            return (self.drop(self.layer.self_attention(normed, attention_mask=context.get("attention_mask"), **given)),)
+
+    def whole_mlp(self, normed: torch.Tensor, context: Context) -> tuple[torch.Tensor]:
+        """[s, b, C] -> [s, b, C]: the FFN as Megatron runs it, its bias and dropout."""
+        mask = (context or {}).get("padding_mask")
+        with self.random_state():
+            out = self.mlp(normed, padding_mask=mask) if self.layer.is_moe_layer else self.mlp(normed)
+            return (self.drop(out),)
+
+    def drop(self, out: Any) -> torch.Tensor:
+        """(output, bias or None) of a sub-layer -> what is added to the residual."""
+        f, bias = out
+        if bias is not None:
+            f = f + bias
+        p = self.layer.hidden_dropout
+        return torch.dropout(f, p, self.layer.training) if p else f
+
+    def random_state(self) -> AbstractContextManager[Any]:
+        """With sequence parallelism every rank holds other tokens, and draws other numbers, as inside Megatron's blocks."""
+        return get_cuda_rng_tracker().fork() if self.layer.config.sequence_parallel else nullcontext()
+
+    def _route(self, normed: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor, Splits | None]:
+        """[s, b, C] -> tokens [s*b*k, C] sorted by expert, probs [s*b*k], and how many of them go to which rank."""
+        mask = (context or {}).get("padding_mask")
+        if mask is not None:
+            mask = mask.transpose(0, 1).bool()
+        with self.random_state():
+            tokens, probs = self.mlp.preprocess(normed, *self.mlp.route(normed, mask))
+        dispatcher = self.mlp.token_dispatcher
+        if dispatcher.ep_size == 1:
+            return tokens, probs, None
+        # Upstream's own all-to-all starts with this: afterwards the counts are numbers on the host.
+        dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize("before_ep_alltoall", dispatcher.tokens_per_expert)
+        return tokens, probs, Splits(dispatcher.input_splits.tolist(), dispatcher.output_splits.tolist())
+
+    def _dispatch(self, tokens: torch.Tensor, probs: torch.Tensor, splits: Splits) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Each token to the ranks of its experts."""
+        return start_all_to_all((tokens, probs), splits, self.mlp.token_dispatcher.ep_group)
+
+    def _dispatch_backward(self, gradients: tuple[torch.Tensor, ...], splits: Splits) -> Callable[[], tuple[Any, ...]]:
+        end = start_all_to_all(gradients, splits.back(), self.mlp.token_dispatcher.ep_group)
+        return lambda: (*end(), None)
+
+    def _experts(self, normed: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(routed [tokens, C], shared [s, b, C] or None)."""
+        with self.random_state():
+            shared = self.mlp.shared_experts_compute(normed)
+            routed, _ = self.mlp.routed_experts_compute(tokens, probs)
+        return routed, shared
+
+    def _combine(self, routed: torch.Tensor, splits: Splits) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Each expert's output back to the rank of its token."""
+        return start_all_to_all((routed,), splits.back(), self.mlp.token_dispatcher.ep_group)
+
+    def _combine_backward(self, gradients: tuple[torch.Tensor, ...], splits: Splits) -> Callable[[], tuple[Any, ...]]:
+        end = start_all_to_all(gradients, splits, self.mlp.token_dispatcher.ep_group)
+        return lambda: (*end(), None)
+
+    def _sum(self, returned: torch.Tensor, shared: torch.Tensor | None) -> tuple[torch.Tensor]:
+        """What the experts said of each token, [s, b, C]."""
+        with self.random_state():
+            return (self.drop((self.mlp.postprocess(returned, shared), None)),)
+
+
+def norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a norm that Megatron built computes; for torch's RMSNorm saving less."""
+    if type(module) is not nn.RMSNorm:
+        return module
+    eps = module.eps
+    assert eps is not None
+    return lambda x: rms_norm(x, module.weight, eps)
