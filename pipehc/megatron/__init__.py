@@ -1,0 +1,21 @@
+"""Plug-ins for existing Megatron-core jobs; the only place of pipehc that imports Megatron."""
+
+from importlib import import_module
+from typing import Any
+
+# Imported when they are asked for: Megatron takes seconds to import, and not all of this package needs it.
+_PLACES = {
+    "hyper_connection_layer_spec": "spec",
+    "forward_backward_func": "schedule",
+    "build_model_chunks": "model_chunks",
+    "wrap_model_chunks": "model_chunks",
+    "gradient_groups_of": "model_chunks",
+    "enable": "enable",
+}
+__all__ = list(_PLACES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

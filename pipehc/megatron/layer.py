@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
 
 from pipehc.hyper_connection import HyperConnection, contract, expand
 from pipehc.megatron.connection import build_connection
@@ -57,7 +58,9 @@ class HyperConnectionLayer(TransformerLayer):
         (f,) = self._nodes.attention(_first(self.input_layernorm(h)), given)
         x, h, h_post, h_res = self.mlp_connection(x, (self.attention_connection, f, h_post, h_res))  # type: ignore[operator]
         (f,) = self._nodes.whole_mlp(_first(self.pre_mlp_layernorm(h)), given)
-        return self.contract(self.mlp_connection.post_res(x, f, h_post, h_res)), context
+        out = self.contract(self.mlp_connection.post_res(x, f, h_post, h_res))
+        # Megatron's schedules free the data of what they have sent, and refuse to do so for views.
+        return make_viewless_tensor(inp=out, requires_grad=out.requires_grad, keep_graph=True), context
 
     def expand(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, C] -> [s, b, n*C] at the start of the model; elsewhere x as it is."""

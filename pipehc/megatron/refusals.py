@@ -1,0 +1,90 @@
+"""What cannot work together with our schedules, each with a reason and a remedy. Found before anything runs, on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipehc.schedules import Placement
+
+# option of Megatron's configuration -> (values that are fine, why not, remedy)
+OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "mtp_num_layers": ((None, 0), "multi-token prediction has layers outside the decoder", "set None"),
+    "cuda_graph_impl": ((None, "none"), "a graph captures the order that our schedules change", "set 'none'"),
+    "enable_cuda_graph": ((None, False), "a graph captures the order that our schedules change", "set False"),
+    "external_cuda_graph": ((None, False), "a graph captures the order that our schedules change", "set False"),
+    "cpu_offloading": ((None, False), "it wraps the whole decoder", "set False; recompute=True drops what is cheap to rebuild"),
+    "fine_grained_activation_offloading": ((None, False), "it wraps the whole decoder", "set False"),
+    "recompute_granularity": (
+        (None, "selective"),
+        "it runs whole layers again, while ours recomputes hyper-connections alone",
+        "set None or 'selective' with recompute_modules ['core_attn'] or ['moe_act']",
+    ),
+    "overlap_moe_expert_parallel_comm": ((None, False), "our pairs overlap the all-to-alls themselves", "set False"),
+    "delay_wgrad_compute": ((None, False), "our schedules defer weight gradients themselves", "set False"),
+    "defer_embedding_wgrad_compute": ((None, False), "our schedules defer weight gradients themselves", "set False"),
+    "variable_seq_lengths": ((None, False), "stage messages have one shape", "set False and pad to seq_length"),
+    "enable_autocast": ((None, False), "the nodes of the decoder run outside the forward step", "set False; use bf16 or fp16"),
+    "fp8": ((None,), "the nodes do not enter its contexts", "train in bf16, or use schedule = 'megatron'"),
+    "fp4": ((None,), "the nodes do not enter its contexts", "train in bf16, or use schedule = 'megatron'"),
+    "fp32_residual_connection": ((None, False), "stage messages have the dtype of the parameters", "set False"),
+    "num_microbatches_with_partial_activation_checkpoints": (
+        (None,),
+        "how much is recomputed is a matter of the schedule",
+        "set None and recompute=True",
+    ),
+    "hybrid_context_parallel": ((None, False), "micro-batches must have one length", "set False"),
+    "moe_shared_expert_overlap": ((None, False), "our pairs overlap the all-to-alls themselves", "set False"),
+    "moe_paged_stash": ((None, False), "it relies on the order of Megatron's own schedules", "set False"),
+    "gtp_weight_remat_size": ((None, 1), "weights would have to be gathered for every node", "set 1"),
+}
+
+
+def refuse_options(config: Any) -> None:
+    """ValueError for the first option of Megatron's model configuration that our schedules cannot honour."""
+    for name, (fine, reason, remedy) in OPTIONS.items():
+        value = getattr(config, name, None)
+        if value not in fine:
+            raise ValueError(f"{name} = {value!r}: not supported under our schedules: {reason}; {remedy}")
+
+
+def refuse_call(config: Any, adjust_tensor_shapes_fn: Any, p2p_communicator: Any) -> None:
+    """ValueError for what a call of the forward-backward function asks and we do not do."""
+    refuse_options(config)
+    for name, value in {"adjust_tensor_shapes_fn": adjust_tensor_shapes_fn, "p2p_communicator": p2p_communicator}.items():
+        if value is not None:
+            raise ValueError(f"{name} = {value!r}: must be None: our stage messages have one shape and groups of their own")
+
+
+def refuse_model(model: Any, placement: Placement) -> None:
+    """ValueError for a model chunk that our schedules cannot take apart or place."""
+    name = type(model).__name__
+    decoder = getattr(model, "decoder", None)
+    if decoder is None or type(decoder).__name__ != "TransformerBlock":
+        remedy = "use GPTModel"
+        if name == "HybridModel":
+            remedy = "use GPTModel: HybridModel has attention and FFN in layers of their own, no residual of two sub-layers"
+        raise ValueError(f"{name}: has no TransformerBlock as its decoder; {remedy}")
+    if getattr(model, "encoder", None) is not None and getattr(model, "add_encoder", False):
+        raise ValueError(f"{name}: encoder-decoder models are not supported; use a decoder-only model")
+    if getattr(model, "share_embeddings_and_output_weights", False) and (placement.lanes > 1 or placement.stages > placement.ranks):
+        raise ValueError(
+            f"share_embeddings_and_output_weights = True: not supported over a {placement.kind} placement, which has embedding and "
+            "output head on the same rank; set --untie-embeddings-and-output-weights, or use schedule = '1f1b'"
+        )
+
+
+def refuse_placement(placement: Placement, virtual_stages: int | None) -> None:
+    """ValueError if the job's virtual pipeline stages are not those of the placement."""
+    if placement.ranks % 2 and placement.lanes == 2:
+        raise ValueError(f"pipeline_model_parallel_size = {placement.ranks}: must be even for two replicas of every stage")
+    chunks = placement.stages // placement.ranks
+    if chunks == 1 and virtual_stages is not None:
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size = {virtual_stages}: a {placement.kind} placement has one stage a rank"
+            f"{' and direction' if placement.lanes == 2 else ''}; leave it out"
+        )
+    if chunks > 1 and virtual_stages != chunks:
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size = {virtual_stages}: a {placement.kind} placement needs {chunks}; "
+            f"set --num-virtual-stages-per-pipeline-rank {chunks}"
+        )

@@ -1,0 +1,279 @@
+"""The drop-in for what Megatron's `get_forward_backward_func` returns: our compiled programs behind Megatron's contract."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from pipehc.comm.groups import Edge, edge_groups
+from pipehc.comm.handshake import compare_neighbours, connect, digest
+from pipehc.comm.messages import Mailbox
+from pipehc.comm.queues import make_queues
+from pipehc.megatron.batches import batches_of
+from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, unwrap
+from pipehc.megatron.mirror import mirrored_groups
+from pipehc.megatron.position import held_stages, megatron_place
+from pipehc.megatron.refusals import refuse_call, refuse_model
+from pipehc.megatron.source import ScheduleSource, source_of
+from pipehc.megatron.wgrad import install_deferral
+from pipehc.megatron.wide import streams_of, widened
+from pipehc.recompute import Chain
+from pipehc.reduction import EarlyReduction
+from pipehc.schedules import Program, Schedule, compile
+from pipehc.schedules.execute import execute
+
+
+def forward_backward_func(
+    schedule: str | Schedule = "dualpipe",
+    *,
+    recompute: bool = True,
+    recompute_block: int | None = None,
+    overlap: bool = True,
+    timeout_s: float = 600.0,
+    **search: Any,
+) -> Callable[..., list]:
+    """A function to call, or to let Megatron's `train_step` call, as what `get_forward_backward_func()` returns.
+
+    The model chunks must be those of the schedule's placement: `build_model_chunks`, or Megatron's own for linear and interleaved
+    ones. Programs are compiled when they are first needed, process groups are made in the first call, which is collective.
+
+    Args:
+        schedule: "megatron" for Megatron's own schedule, for models with hyper-connections; a family of `pipehc.schedules` (1f1b,
+            gpipe, zb_h1, interleaved, zbv, dualpipe, dualpipev); "auto" to search one; a `Schedule`, or the path of its CSV file.
+        recompute: drop after the forward what hyper-connections can rebuild, and rebuild it before the gradient arrives.
+        recompute_block: sub-layers of a recompute block; None: all of a chunk.
+        overlap: interleave the two halves of an overlapped pair, node by node.
+        timeout_s: how long a rank waits for a stage message before it fails.
+        search: for "auto": costs (`pipehc.schedules.Costs`), placement ("linear", "v" or "bidirectional"), and max_live,
+            time_limit, seed as `pipehc.schedules.auto` takes them.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed. The function it returns raises ValueError, on every rank,
+            for model, configuration or arguments that it cannot run.
+    """
+    if schedule == "megatron":
+        if search:
+            raise ValueError(f"{next(iter(search))}: only with schedule = 'auto'")
+        return _megatrons_own
+    if timeout_s <= 0:
+        raise ValueError(f"timeout_s = {timeout_s}: must be more than 0 seconds")
+    if recompute_block is not None and recompute_block < 1:
+        raise ValueError(f"recompute_block = {recompute_block}: must be at least 1, or None for all sub-layers of a chunk")
+    return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, timeout_s)
+
+
+def _megatrons_own(**arguments: Any) -> list:
+    return widened(schedules.get_forward_backward_func())(**arguments)
+
+
+class ForwardBackward:
+    """Runs our programs on the chunks of a Megatron job. See `forward_backward_func`."""
+
+    def __init__(
+        self, source: ScheduleSource, recompute: bool, recompute_block: int | None, overlap: bool, timeout_s: float
+    ) -> None:
+        self.source = source
+        self._recompute, self._block, self._overlap, self._timeout = recompute, recompute_block, overlap, timeout_s
+        self._chains: dict[nn.Module, Chain] = {}
+        self._programs: dict[tuple[int, bool], Program] = {}
+        self._groups: dict[Edge, dist.ProcessGroup] = {}
+        self._mailboxes: dict[tuple, Mailbox] = {}
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        model: Any,
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        decoder_seq_length: int | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        first_val_step: bool | None = None,
+        adjust_tensor_shapes_fn: Any = None,
+        p2p_communicator: Any = None,
+        pg_collection: Any = None,
+        force_all_reduce: bool | None = False,
+    ) -> list:
+        """One step, or one evaluation, as Megatron's schedules run it; all arguments are theirs.
+
+        Returns what the loss function reported of every micro-batch, in their order, on the last pipeline rank; elsewhere [].
+        """
+        chunks: list[Any] = model if isinstance(model, list) else [model]
+        config = get_model_config(chunks[0])
+        refuse_call(config, adjust_tensor_shapes_fn, p2p_communicator)
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        placement = self.source.placement(pipeline.size())
+        held = held_stages(placement, pipeline.rank())
+        if len(chunks) != len(held):
+            raise ValueError(
+                f"model: {len(chunks)} chunks on a rank; {self.source.name} over {pipeline.size()} ranks needs {len(held)}: "
+                "build them with pipehc.megatron.build_model_chunks, or let pipehc.megatron.enable do it"
+            )
+        self._prepare(chunks)
+        program = self._program(pipeline.size(), num_microbatches, forward_only)
+        if config.timers is not None:
+            config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+        groups = pg_collection or schedules._build_default_pg_collection()
+        step = ForwardStep(
+            forward_step_func, config, num_microbatches, groups.cp.size(), collect_non_loss_data, first_val_step, forward_only
+        )
+        batches = batches_of(data_iterator, len(chunks), num_microbatches)
+        recompute = self._recompute and not forward_only
+        stages = {
+            (lane, stage): ChunkStage(
+                chunk, self._chains[chunk], megatron_place(placement, stage), (stage == 0, stage + 1 == placement.stages),
+                self._queues, step, own, recompute=recompute,
+            )
+            for (lane, stage), chunk, own in zip(held, chunks, batches)
+        }  # fmt: skip
+        mailbox = self._mailbox(program, config, seq_length, micro_batch_size, streams_of(chunks), groups)
+        with contextlib.ExitStack() as stack:
+            for stage in stages.values():
+                stack.enter_context(stage.intercepted())
+            observers = []
+            if not forward_only:
+                stack.enter_context(_without_grad_sync(chunks, config))
+                _gather_parameters(chunks)
+                start = self._starter(dict(zip(held, chunks)), chunks, config, force_all_reduce)
+                if start is not None:
+                    observers.append(EarlyReduction(program, pipeline.rank(), start))
+            instructions = program.instructions[pipeline.rank()]
+            execute(instructions, placement, stages, mailbox, observers, self._overlap, self._queues)
+        for own in {id(b): b for b in batches if b is not None}.values():
+            own.finish()
+        reports = {m: data for stage in stages.values() for m, report in stage.reported.items() for data in report}
+        if config.finalize_model_grads_func is not None and not forward_only:
+            tokens = None
+            if config.calculate_per_token_loss:
+                tokens = torch.as_tensor(sum(stage.tokens for stage in stages.values()), dtype=torch.int, device=self._device)
+                if self._scattered_losses(placement):
+                    dist.all_reduce(tokens, group=pipeline)  # afterwards Megatron takes the last rank's
+            if placement.lanes == 2:
+                groups.tp_dp_cp = mirrored_groups(pipeline)[groups.tp_dp_cp]
+            config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+        if self._scattered_losses(placement):
+            reports = _gathered(reports, pipeline, self._device)
+        if config.timers is not None:
+            config.timers("forward-backward").stop()
+        return [reports[m] for m in sorted(reports)] if pipeline.rank() + 1 == pipeline.size() else []
+
+    # -- made once
+
+    def _prepare(self, chunks: Sequence[Any]) -> None:
+        for chunk in chunks:
+            if chunk not in self._chains:
+                refuse_model(unwrap(chunk), self.source.placement(parallel_state.get_pipeline_model_parallel_world_size()))
+                self._chains[chunk] = decoder_chain(unwrap(chunk).decoder, self._block)
+                self._device = next(chunk.parameters()).device
+                install_deferral(chunk)
+
+    @cached_property
+    def _queues(self) -> Any:
+        return make_queues(self._device)
+
+    def _program(self, ranks: int, microbatches: int, forward_only: bool) -> Program:
+        key = microbatches, forward_only
+        if key not in self._programs:
+            schedule = self.source.build(ranks, microbatches, forward_only)
+            self._programs[key] = compile(schedule, recompute=self._recompute and not forward_only, high=True)
+        return self._programs[key]
+
+    def _mailbox(
+        self, program: Program, config: Any, seq_length: int, micro_batch_size: int, streams: int, groups: Any
+    ) -> Mailbox:
+        """The messages of one shape: [s, b, n*C], s the share of a rank under context and sequence parallelism."""
+        split = groups.cp.size() * (groups.tp.size() if config.sequence_parallel else 1)
+        shape = (seq_length // split, micro_batch_size, config.hidden_size * streams)
+        dtype = config.pipeline_dtype or config.params_dtype
+        if shape not in self._mailboxes:
+            self._connect(program)
+            facts = {"stage message": f"{shape} {dtype}", "schedule": digest(program.instructions)}
+            compare_neighbours(facts, self._groups)
+            self._mailboxes[shape] = Mailbox(self._groups, shape, dtype, self._device, self._timeout)
+        return self._mailboxes[shape]
+
+    def _connect(self, program: Program) -> None:
+        """Makes the groups of stage messages, of all pipelines and in both directions."""
+        if self._groups:
+            return
+        own = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        everyone: list[list[int]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
+        table = program.schedule.placement.table
+        there = {(a, b) for lane in table for a, b in pairwise(lane) if a != b}
+        self._groups = edge_groups(pipelines, sorted(there | {(b, a) for a, b in there}))
+        connect(self._groups, self._device)
+
+    @staticmethod
+    def _scattered_losses(placement: Any) -> bool:
+        """Whether losses are computed elsewhere than on the last pipeline rank, where Megatron looks for them."""
+        return {lane[-1] for lane in placement.table} != {placement.ranks - 1}
+
+    def _starter(
+        self, by_place: dict[tuple[int, int], Any], chunks: Sequence[Any], config: Any, force_all_reduce: bool | None
+    ) -> Callable[[tuple[int, int]], None] | None:
+        """What starts the reduction of a chunk whose last weight gradient is there; None if the job reduces at the end."""
+        functions = config.grad_sync_func
+        if functions is not None and not isinstance(functions, list):
+            functions = [functions] * len(chunks)
+        overlapped = all(isinstance(c, DistributedDataParallel) and c.ddp_config.overlap_grad_reduce for c in chunks)
+        if not overlapped or force_all_reduce:
+            return None
+
+        def start(held: tuple[int, int]) -> None:
+            compute = self._queues["compute"]
+            for queue in self._queues.values():  # gradients of hyper-connections come from other queues
+                if queue is not compute:
+                    compute.wait(queue.event())
+            chunk = by_place[held]
+            if functions is not None:
+                functions[chunks.index(chunk)](chunk.parameters())
+            else:
+                chunk.start_grad_sync()
+
+        return start
+
+
+@contextlib.contextmanager
+def _without_grad_sync(chunks: Sequence[Any], config: Any) -> Iterator[None]:
+    """No gradient starts its reduction by being counted: with weight gradients deferred, the last one to come is not the last
+    micro-batch's."""
+    functions = config.no_sync_func
+    if functions is None:
+        functions = [c.no_sync for c in chunks if isinstance(c, DistributedDataParallel)]
+    with contextlib.ExitStack() as stack:
+        for function in functions if isinstance(functions, list) else [functions]:
+            stack.enter_context(function())
+        yield
+
+
+def _gather_parameters(chunks: Sequence[Any]) -> None:
+    """Ends overlapped parameter gathers, if they are on: our nodes use parameters without asking the modules that own them."""
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.remove_forward_pre_hook_handles:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def _gathered(reports: dict[int, Any], pipeline: dist.ProcessGroup, device: torch.device) -> dict[int, Any]:
+    """What all ranks of the pipeline have to report, by micro-batch, on `device`."""
+    everyone: list[dict[int, Any]] = [{} for _ in range(pipeline.size())]
+    dist.all_gather_object(everyone, tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), reports), group=pipeline)
+    merged = {m: data for part in everyone for m, data in part.items()}
+    return tree_map_only(torch.Tensor, lambda t: t.to(device), merged)
