@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import nn
 
 from pipehc.megatron.layer import HyperConnectionLayer
+from pipehc.megatron.versions import default_groups
 
 
 class WideCommunicator(P2PCommunicator):
@@ -42,7 +42,7 @@ def widened(function: Callable[..., list]) -> Callable[..., list]:
                 raise ValueError("p2p_communicator, pg_collection: must be None with hyper-connections, whose messages are wider")
             group = parallel_state.get_pipeline_model_parallel_group()
             arguments["p2p_communicator"] = WideCommunicator(group, get_model_config(model[0]), streams)
-            arguments["pg_collection"] = schedules._build_default_pg_collection()
+            arguments["pg_collection"] = default_groups()
         return function(**arguments)
 
     return forward_backward
