@@ -90,9 +90,7 @@ def test_rows_first_moves_the_exact_sum_from_rows_to_columns():
     assert (found - expected).abs().max() < N * x.abs().max() * difference + 1e-5
 
 
-@pytest.mark.parametrize(
-    "centre,iterations,largest,mean", [(0.0, 20, 1e-9, 1e-13), (4.0, 20, 2e-2, 3e-3), (4.0, 200, 1e-5, 1e-8)]
-)
+@pytest.mark.parametrize("centre,iterations,largest,mean", [(0.0, 20, 1e-9, 1e-13), (4.0, 20, 2e-2, 3e-3), (4.0, 200, 1e-5, 1e-8)])
 def test_how_far_the_order_reaches(centre, iterations, largest, mean):
     """The figures of the docstring."""
     g = torch.Generator().manual_seed(0)
@@ -148,7 +146,11 @@ def connection_of(kind, **settings):
         (connection_from_megatron, mains_parameters() | {"bias": torch.ones(23)}, r"bias: shape \[23\]"),
         (connection_from_megatron, mains_parameters() | {"bias": torch.ones(15)}, r"mapping_proj.weight: shape .*\[15, 96\]"),
         (connection_from_megatron, mains_parameters() | {"alpha_res": torch.ones(4)}, r"alpha_res: shape \[4\]; must be \[1\]"),
-        (connection_from_megatron, mains_parameters() | {"norm.weight": torch.ones(C)}, r"norm.weight: shape \[24\]; must be \[96\]"),
+        (
+            connection_from_megatron,
+            mains_parameters() | {"norm.weight": torch.ones(C)},
+            r"norm.weight: shape \[24\]; must be \[96\]",
+        ),
         (connection_from_megatron, mains_parameters() | {"norm.bias": torch.ones(96)}, "norm.bias: has no counterpart"),
         (connection_from_megatron, connection_of("mhc"), "mapping_proj.weight: is missing"),
         (state_dict_from_megatron, {"decoder.layers.0.mlp.weight": torch.ones(1)}, "has no self_attention_hyper_connection or"),

@@ -254,7 +254,10 @@ def fused_layer_spec(config, moe=False, **options):
     )
 
 
-FUSED = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight", "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
+FUSED = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
@@ -344,7 +347,9 @@ def test_maps_stay_fp32_in_a_bf16_model(kind):
         Float16Module(config, layer)
         dtypes = {name: p.dtype for name, p in [*layer.named_parameters(), *layer.named_buffers()]}
         own = {name for name in dtypes if name.startswith(("attention_connection.", "mlp_connection."))}
-        assert own and {dtypes[n] for n in own} == {torch.float32} and {dtypes[n] for n in dtypes if n not in own} == {torch.bfloat16}
+        assert (
+            own and {dtypes[n] for n in own} == {torch.float32} and {dtypes[n] for n in dtypes if n not in own} == {torch.bfloat16}
+        )
         out, grad, grads = run_layer(layer, 4 * CHANNELS, torch.bfloat16)
         assert out.dtype == grad.dtype == torch.bfloat16 and grads["attention_connection.phi"].dtype == torch.float32
         return True
@@ -361,12 +366,17 @@ def test_sequence_parallelism_marks_the_parameters_of_every_map():
         for sequence_parallel in (False, True):
             for kind in KINDS:
                 config = standard_config(
-                    num_attention_heads=4, tensor_model_parallel_size=2, sequence_parallel=sequence_parallel, normalization="RMSNorm"
+                    num_attention_heads=4,
+                    tensor_model_parallel_size=2,
+                    sequence_parallel=sequence_parallel,
+                    normalization="RMSNorm",
                 )
                 layer = build(hyper_connection_layer_spec(local(config), kind), config)
                 marks = {getattr(p, "sequence_parallel", False) for n, p in layer.named_parameters() if "_connection." in n}
                 assert marks == {sequence_parallel}, (kind, marks)
-                assert not any(getattr(p, "tensor_model_parallel", False) for n, p in layer.named_parameters() if "_connection." in n)
+                assert not any(
+                    getattr(p, "tensor_model_parallel", False) for n, p in layer.named_parameters() if "_connection." in n
+                )
                 found[kind, sequence_parallel] = len(marks)
         return found
 

@@ -87,7 +87,9 @@ def connection_to_megatron(parameters: Mapping[str, Tensor], dtype: torch.dtype 
     phi, alpha, bias = (parameters[name] for name in OURS)
     n = _streams(bias)
     if phi.dim() == 2 and phi.shape[1] == n + 2:
-        raise ValueError("phi: projects every stream on its own (kind 'hc'), and Megatron main has no counterpart; must be of kind 'mhc'")
+        raise ValueError(
+            "phi: projects every stream on its own (kind 'hc'), and Megatron main has no counterpart; must be of kind 'mhc'"
+        )
     _expect_shape("alpha", alpha, (3,))
     if phi.dim() != 2 or phi.shape[1] != bias.numel():
         raise ValueError(f"phi: shape {list(phi.shape)}; must be [n*C, {bias.numel()}]")
