@@ -1,5 +1,6 @@
 """Released layer and block specs in their hyper-connection form, one process: what changes, and that nothing else does."""
 
+import multiprocessing
 from copy import copy
 from dataclasses import replace
 
@@ -381,3 +382,81 @@ def test_sequence_parallelism_marks_the_parameters_of_every_map():
         return found
 
     assert len(run_ranks(marked, 2)[0]) == 10
+
+
+# -- checkpoints
+
+
+def sharded_tensors(state):
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+
+
+LIKE = {"moe_layer_freq": 1}  # all layers have experts
+FORMS = [*((kind, False) for kind in KINDS), ("hybrid", True), ("harmonized", True)]
+
+
+@pytest.mark.parametrize("kind,stacked", FORMS)
+def test_sharded_state_is_complete_and_has_global_keys(kind, stacked):
+    """stacked: layers of one form are saved as one tensor with a leading axis, Megatron's older way."""
+
+    def keys(rank):
+        from megatron.core import parallel_state
+
+        job = megatron_job.Job(
+            schedule=None, pp=2, layers=4, residual=kind, options=LIKE if stacked else {}
+        )
+        model = job.chunks[0].module
+        state = model.sharded_state_dict()
+        own = {n for n, _ in [*model.named_parameters(), *model.named_buffers()] if "_connection." in n}
+        assert own == {name for name in state if "_connection." in name} and len(own) in (12, 16)
+        for name in own:
+            tensor = state[name]
+            layer = int(name.split(".")[2]) + 2 * parallel_state.get_pipeline_model_parallel_rank()
+            rest = name.split(".", 3)[3]
+            shape = tuple(model.state_dict()[name].shape)
+            if stacked:
+                assert tensor.key == f"decoder.layers.{rest}"
+                assert tensor.global_shape == (4, *shape) and tensor.global_offset[0] == layer
+            else:
+                assert tensor.key == f"decoder.layers.{layer}.{rest}" and tensor.global_shape == shape
+        return {t.key for t in sharded_tensors(state)}
+
+    first, second = run_ranks(keys, 2)
+    connections = {key for key in first | second if "_connection." in key}
+    per_layer = 8 if kind in ("hybrid", "harmonized") else 6
+    assert len(connections) == (per_layer if stacked else 4 * per_layer)
+
+
+@pytest.mark.parametrize("kind,stacked", [("mhc", False), ("hybrid", False), ("harmonized", True)])
+def test_what_two_stages_save_one_process_loads(kind, stacked, tmp_path):
+    options = LIKE if stacked else {}
+    arguments = dict(schedule=None, layers=4, residual=kind, options=options)
+
+    def save(rank):
+        from megatron.core import dist_checkpointing
+
+        job = megatron_job.Job(pp=2, **arguments)
+        with torch.no_grad():
+            for name, tensor in [*job.chunks[0].named_parameters(), *job.chunks[0].named_buffers()]:
+                if name.endswith((".s", "blend_logit", "_connection.alpha")):
+                    tensor.copy_(tensor * 0.5 + 0.25 + 0.01 * rank)
+        # Megatron's writer starts a process of its own, which a daemon may not.
+        multiprocessing.current_process()._config["daemon"] = False
+        dist_checkpointing.save(job.chunks[0].module.sharded_state_dict(), str(tmp_path), async_sharded_save=False)
+        return job.evaluate(0, 2)
+
+    def load(rank):
+        from megatron.core import dist_checkpointing
+
+        job = megatron_job.Job(**arguments)
+        fresh = job.evaluate(0, 2)
+        model = job.chunks[0].module
+        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(tmp_path)))
+        return fresh, job.evaluate(0, 2)
+
+    saved = run_ranks(save, 2)
+    ((fresh, loaded),) = run_ranks(load, 1)
+    assert saved[0] == saved[1] == loaded != fresh
