@@ -10,11 +10,11 @@ import pytest
 
 from processes import run_ranks
 
-INTERLEAVED = dict(pp=4, vpp=2, options=dict(overlap_p2p_comm=True, batch_p2p_comm=False))
+INTERLEAVED = {"pp": 4, "vpp": 2, "options": {"overlap_p2p_comm": True, "batch_p2p_comm": False}}
 LAYOUTS = {
-    "pp4": (4, dict(pp=4)),
+    "pp4": (4, {"pp": 4}),
     "pp4 x vpp2": (4, INTERLEAVED),
-    "pp2 x tp2 x ep2": (4, dict(pp=2, tp=2, ep=2)),
+    "pp2 x tp2 x ep2": (4, {"pp": 2, "tp": 2, "ep": 2}),
 }
 
 

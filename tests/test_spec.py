@@ -19,21 +19,40 @@ KINDS = ("hc", "mhc", "isohc", "hybrid", "harmonized")
 def standard_config(**overrides):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    options = dict(
-        num_layers=1, hidden_size=CHANNELS, num_attention_heads=3, ffn_hidden_size=40, add_bias_linear=True, activation_func=gelu,
-        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, transformer_impl="local",
-        gradient_accumulation_fusion=False, use_cpu_initialization=True, hidden_dropout=0.0, attention_dropout=0.0,
-        params_dtype=torch.float32, perform_initialization=True,
-    )  # fmt: skip
+    options = {
+        "num_layers": 1,
+        "hidden_size": CHANNELS,
+        "num_attention_heads": 3,
+        "ffn_hidden_size": 40,
+        "add_bias_linear": True,
+        "activation_func": gelu,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "transformer_impl": "local",
+        "gradient_accumulation_fusion": False,
+        "use_cpu_initialization": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": torch.float32,
+        "perform_initialization": True,
+    }
     return TransformerConfig(**(options | overrides))
 
 
 def experts(**overrides):
-    options = dict(
-        num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=16, moe_shared_expert_intermediate_size=20,
-        moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0, moe_router_dtype="fp32",
-        add_bias_linear=False, moe_grouped_gemm=False,
-    )  # fmt: skip
+    options = {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_shared_expert_intermediate_size": 20,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "add_bias_linear": False,
+        "moe_grouped_gemm": False,
+    }
     return standard_config(**(options | overrides))
 
 
@@ -77,7 +96,9 @@ SPECS = {
     "dense": (standard_config, local),
     "dense, RMSNorm, no biases": (lambda: standard_config(normalization="RMSNorm", add_bias_linear=False), local),
     "dense, gated, grouped queries": (
-        lambda: standard_config(num_attention_heads=4, num_query_groups=2, gated_linear_unit=True, activation_func=torch.nn.functional.silu),
+        lambda: standard_config(
+            num_attention_heads=4, num_query_groups=2, gated_linear_unit=True, activation_func=torch.nn.functional.silu
+        ),
         local,
     ),
     "dense, qk_layernorm": (lambda: standard_config(qk_layernorm=True), local),
@@ -90,7 +111,7 @@ SPECS = {
     "latent attention, experts": (latent_experts, lambda config: local_latent(config, True)),
     "block spec, dense": (standard_config, from_block),
     "block spec, experts": (experts, from_block),
-}  # fmt: skip
+}
 
 
 def build(spec, config, seed=5):
@@ -268,6 +289,7 @@ def test_norms_fused_into_linears_compute_the_same(moe, qk_layernorm):
 
     def compared(rank):
         from megatron.core.transformer.identity_op import IdentityOp
+
         from pipehc.megatron import hyper_connection_layer_spec
 
         megatron_job.initialize()
@@ -405,9 +427,7 @@ def test_sharded_state_is_complete_and_has_global_keys(kind, stacked):
     def keys(rank):
         from megatron.core import parallel_state
 
-        job = megatron_job.Job(
-            schedule=None, pp=2, layers=4, residual=kind, options=LIKE if stacked else {}
-        )
+        job = megatron_job.Job(schedule=None, pp=2, layers=4, residual=kind, options=LIKE if stacked else {})
         model = job.chunks[0].module
         state = model.sharded_state_dict()
         own = {n for n, _ in [*model.named_parameters(), *model.named_buffers()] if "_connection." in n}
@@ -433,7 +453,7 @@ def test_sharded_state_is_complete_and_has_global_keys(kind, stacked):
 @pytest.mark.parametrize("kind,stacked", [("mhc", False), ("hybrid", False), ("harmonized", True)])
 def test_what_two_stages_save_one_process_loads(kind, stacked, tmp_path):
     options = LIKE if stacked else {}
-    arguments = dict(schedule=None, layers=4, residual=kind, options=options)
+    arguments = {"schedule": None, "layers": 4, "residual": kind, "options": options}
 
     def save(rank):
         from megatron.core import dist_checkpointing

@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pipehc.megatron import cpu
+from pipehc.megatron.versions import check_trainer_version
 
 
 @dataclass
@@ -49,8 +50,9 @@ def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
         replicated: pipeline positions r and pp-1-r hold the same stages (DualPipe), so their gradients are summed.
 
     Raises:
-        ValueError: if the sizes do not fit the world or one another.
+        ValueError: if the sizes do not fit the world or one another, or for a version of megatron-core that the trainer cannot use.
     """
+    check_trainer_version()
     world = dist.get_world_size()
     if world % (pp * tp):
         raise ValueError(f"parallel.pp x parallel.tp = {pp} x {tp} does not divide the number of processes, {world}")

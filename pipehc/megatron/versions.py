@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 ALLOWED = ((0, 17), (0, 18), (0, 19))
+TRAINER = (0, 19)
 
 
 def megatron_version() -> tuple[int, int]:
@@ -24,6 +25,16 @@ def check_version() -> None:
         from megatron import core
 
         raise ValueError(f"megatron-core {core.__version__}: not supported; must be {_allowed()}")
+
+
+def check_trainer_version() -> None:
+    """Raises ValueError for versions of the plug-in alone: our trainer's optimizer lays out its buckets by what came with 0.19."""
+    check_version()
+    if megatron_version() < TRAINER:
+        from megatron import core
+
+        needs = ".".join(map(str, TRAINER))
+        raise ValueError(f"megatron-core {core.__version__}: the trainer needs {needs}; the plug-in for Megatron's jobs takes it")
 
 
 def default_groups() -> Any:
