@@ -12,7 +12,7 @@ _PLACES = {
     "gradient_groups_of": "model_chunks",
     "enable": "enable",
 }
-__all__ = list(_PLACES)  # noqa: PLE0605
+__all__ = list(_PLACES)
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,14 @@ def install() -> None:
     _patch_optimizer()
 
 
+def allow_pretrain() -> None:
+    """Let `megatron.training`'s `pretrain` start: it asks for CUDA, and compiles a helper that the package ships compiled."""
+    from megatron.training import initialize, training
+
+    training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    initialize._compile_dependencies = lambda: None
+
+
 def _patch_device() -> None:
     """What `pretrain` asks of the one device of a process."""
     nothing = {
