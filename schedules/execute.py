@@ -136,11 +136,11 @@ def execute(
                 arrived = _issue(queues[queue], partial(mailbox.wait, message))
                 values[message[:4]] = _Value(arrived, queues[queue])
             case Send(message, slot):
-                value, edge = results.pop(message[:4]), (message.source, message.target)
-                if value.tensor is None:
+                edge, queue = (message.source, message.target), edge_queue(instruction)
+                tensor = results.pop(message[:4]).on(queue)
+                if tensor is None:
                     raise ValueError(f"{message}: the stage returned None, its neighbour expects a tensor")
-                queue = edge_queue(instruction)
-                _issue(queue, partial(mailbox.send, message, edge, value.on(queue), slot))
+                _issue(queue, partial(mailbox.send, message, edge, tensor, slot))
                 if instruction.event is not None:
                     sends[instruction.event] = partial(mailbox.delivered, edge, slot)
             case Run(action, pair):
