@@ -5,8 +5,9 @@
         --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 8 --train-iters 10 --lr 1e-3 --min-lr 1e-4 \
         --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --untie-embeddings-and-output-weights \
         --transformer-impl local --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear \
-        --eval-interval 5 --eval-iters 1 --log-interval 1 --distributed-backend gloo --use-cpu-initialization --no-masked-softmax-fusion \
-        --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
+        --eval-interval 5 --eval-iters 1 --log-interval 1 --distributed-backend gloo --use-cpu-initialization \
+        --no-masked-softmax-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion \
+        --no-bias-swiglu-fusion --no-bias-dropout-fusion
 
 Without --schedule and --residual it is the job as it was.
 """
@@ -30,7 +31,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -114,6 +115,7 @@ def train_valid_test_datasets_provider(samples, vp_stage=None):
 def add_pipehc_arguments(parser):  # + pipehc
     parser.add_argument("--schedule", default="megatron")  # + pipehc
     parser.add_argument("--residual", default=None)  # + pipehc
+    parser.add_argument("--from-config", action="store_true", help="let Megatron's GPTModelConfig build the model")
     return parser  # + pipehc
 
 
@@ -123,9 +125,9 @@ if __name__ == "__main__":
     if args.residual or args.schedule != "megatron":  # + pipehc
         pipehc.megatron.enable(schedule=args.schedule, residual=args.residual)  # + pipehc
     pretrain(
-        pretrain_cfg_container_from_args(args),
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args) if args.from_config else None),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
-        model_provider=model_provider,
+        model_provider=None if args.from_config else model_provider,
     )

@@ -92,6 +92,6 @@ def _refuse_checkpoints(args: Namespace) -> None:
         )
     if getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False):
         raise ValueError(
-            "distrib_optim_fully_reshardable_mem_efficient = True: lets one rank of the mirrored groups write, which may hold but the "
-            "second replica of a stage; leave it out"
+            "distrib_optim_fully_reshardable_mem_efficient = True: lets one rank of a mirrored group write, which may hold only "
+            "the second replica of a stage; leave it out"
         )

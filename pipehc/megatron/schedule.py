@@ -23,6 +23,7 @@ from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
 from pipehc.megatron.batches import batches_of
 from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, unwrap
+from pipehc.megatron.feedback import gain_feedback
 from pipehc.megatron.mirror import mirrored_groups
 from pipehc.megatron.position import held_stages, megatron_place
 from pipehc.megatron.refusals import refuse_call, refuse_model
@@ -147,6 +148,7 @@ class ForwardBackward:
                 stack.enter_context(stage.intercepted())
             observers = []
             if not forward_only:
+                stack.enter_context(gain_feedback(chunks))
                 stack.enter_context(_without_grad_sync(chunks, config))
                 _gather_parameters(chunks)
                 start = self._starter(dict(zip(held, chunks)), chunks, config, force_all_reduce)
