@@ -29,7 +29,7 @@ from pipehc.megatron.position import acting_at
 from pipehc.overlap import Half, overlap
 from pipehc.recompute import Chain, Pass, Piece, cut
 from pipehc.recompute.chain import QueueName
-from pipehc.sublayers import CONTEXT, build_chain
+from pipehc.sublayers import CONTEXT, Sublayer, build_chain
 from pipehc.wgrad import WeightGradStore
 
 INPUT = "hidden"
@@ -74,7 +74,7 @@ def decoder_chain(decoder: TransformerBlock, block: int | None) -> Chain:
     """
     if not decoder.layers:
         raise ValueError("a model chunk without transformer layers: every stage needs at least one; change the pipeline layout")
-    sublayers = []
+    sublayers: list[Sublayer] = []
     for layer in decoder.layers:
         if isinstance(layer, HyperConnectionLayer):
             sublayers += layer.sublayers()
@@ -182,7 +182,8 @@ class ChunkStage:
             return None
         if output is live.leaf:
             live.leaf = None
-            return output.detach()
+            message: torch.Tensor = output.detach()
+            return message
         live.tail = output
         return self._for_high(output.detach())
 
@@ -207,10 +208,11 @@ class ChunkStage:
         values = {INPUT: x.detach(), CONTEXT: context}
         live.run = Pass(self.chain, self._queues, values, recompute=self._recompute, scope=live.store.deferring)
         issue(live.run)
-        live.leaf = live.run.result("high" if self._untouched else "compute").detach().requires_grad_()
+        leaf: torch.Tensor = live.run.result("high" if self._untouched else "compute").detach().requires_grad_()
+        live.leaf = leaf
         if decoder.final_layernorm is None:
-            return live.leaf
-        normed = decoder.final_layernorm(live.leaf)
+            return leaf
+        normed = decoder.final_layernorm(leaf)
         return make_viewless_tensor(inp=normed, requires_grad=True, keep_graph=True)
 
     @property

@@ -132,7 +132,7 @@ def _patch_streams() -> None:
     stream = _Stream()
     torch.cuda.current_stream = lambda *args, **kwargs: stream  # type: ignore[assignment]
     torch.cuda.default_stream = lambda *args, **kwargs: stream  # type: ignore[assignment]
-    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment,method-assign]
 
 

@@ -48,9 +48,6 @@ def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: An
             raise ValueError(f"{name} = {value!r}: not supported by pipehc.megatron with schedule {source.name}; {remedy}")
     if ours:
         refuse_options(args)
-    for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
-        if getattr(args, name, False) and args.num_layers + 2 <= placement.stages:
-            raise ValueError(f"{name} = True: leaves a stage without layers; every stage needs at least one")
     if replicated and not getattr(args, "untie_embeddings_and_output_weights", True):
         raise ValueError(
             "untie_embeddings_and_output_weights = False: embedding and output head would be tied over two replicas of every "

@@ -20,7 +20,7 @@ from torch import nn
 from pipehc.megatron.chunk import unwrap
 from pipehc.megatron.mirror import count_once, equalize, gradient_groups
 from pipehc.megatron.position import acting_at, held_stages, megatron_place
-from pipehc.megatron.refusals import refuse_model, refuse_options, refuse_placement
+from pipehc.megatron.refusals import raise_everywhere, refuse_model, refuse_options, refuse_placement
 from pipehc.megatron.source import source_of
 from pipehc.megatron.spec import Residual, hyper_connection_layer_spec, residual_settings
 from pipehc.schedules import Placement
@@ -58,6 +58,26 @@ def build_chunks(
     refuse_placement(placement, parallel_state.get_virtual_pipeline_model_parallel_world_size())
     held = held_stages(placement, parallel_state.get_pipeline_model_parallel_group().rank())
     settings = None if residual is None else residual_settings(residual)
+    chunks: list[nn.Module] = []
+    problem = None
+    try:
+        chunks = _build(model_provider, placement, held, settings, ours, provider_arguments)
+    except ValueError as error:
+        problem = str(error)
+    raise_everywhere(problem)
+    if placement.lanes == 2:
+        equalize(chunks, held)
+    return chunks
+
+
+def _build(
+    model_provider: Callable[..., nn.Module],
+    placement: Placement,
+    held: Sequence[tuple[int, int]],
+    settings: Residual | None,
+    ours: bool,
+    provider_arguments: dict[str, Any],
+) -> list[nn.Module]:
     built: dict[tuple[int, int], nn.Module] = {}
     for lane, stage in sorted(held):
         position, vp_stage = megatron_place(placement, stage)
@@ -70,6 +90,8 @@ def build_chunks(
             chunk = _call(model_provider, **ends, vp_stage=vp_stage, pg_collection=collection, **provider_arguments)
         model = unwrap(chunk)
         refuse_model(model, placement)
+        if (ours or settings is not None) and not model.decoder.layers:
+            raise ValueError(f"stage {stage}: has no transformer layers, every stage needs one; change the pipeline layout")
         if ours:
             refuse_options(get_model_config(model))
         # The decoder keeps the position that its layers are numbered by; the training loop asks the model who it is.
@@ -78,10 +100,7 @@ def build_chunks(
         if vp_stage is not None:
             chunk.vp_stage = vp_stage  # type: ignore[assignment]
         built[lane, stage] = chunk.cuda(torch.cuda.current_device()) if torch.cuda.is_available() else chunk
-    chunks = [built[place] for place in held]
-    if placement.lanes == 2:
-        equalize(chunks, held)
-    return chunks
+    return [built[place] for place in held]
 
 
 def wrap_model_chunks(

@@ -118,7 +118,7 @@ class Searched:
         if placement not in SEARCHED:
             raise ValueError(f"placement = {placement!r}: must be one of {', '.join(SEARCHED)}")
         self._costs, self._placement = costs or Costs(), placement
-        self._options = {"max_live": max_live, "time_limit": time_limit, "seed": seed}
+        self._options: dict[str, Any] = {"max_live": max_live, "time_limit": time_limit, "seed": seed}
         self._found: dict[int, Schedule] = {}
 
     def placement(self, ranks: int) -> Placement:

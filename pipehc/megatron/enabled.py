@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -163,7 +163,7 @@ class Enabled:
             pipeline = parallel_state.get_pipeline_model_parallel_group()
             placement = self._source.placement(pipeline.size())
             vp_stage = getattr(provider, "keywords", {}).get("vp_stage")
-            place = nullcontext()
+            place: AbstractContextManager[Any] = nullcontext()
             if vp_stage is not None:
                 held = held_stages(placement, pipeline.rank())
                 place = acting_at(megatron_place(placement, held[vp_stage][1])[0])
