@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from pipehc.comm.queues import Queue
 from pipehc.overlap import Half, overlap
 from pipehc.recompute import Chain, Pass
+from pipehc.recompute.chain import QueueName
 from pipehc.wgrad import WeightGradStore
 
 Batch = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+
+# Told that work of a node starts: its action, micro-batch, BLOCK.KIND, and where it runs; `high` for the first or last piece of an
+# action that has that queue. Returns what is called when the work has ended.
+NodeWatch = Callable[[Literal["F", "B", "R", "W"], int, str, QueueName], Callable[[], None]]
 
 
 class _Live(NamedTuple):
@@ -27,13 +33,20 @@ class ModelStage:
     chain: of a StageModel; its result is the streams, or the summed loss of the last stage. queues: see `comm.queues.make_queues`.
     batch: micro-batch -> (tokens, labels), both int64 [b, s]; asked by the first and the last stage alone. loss_scale: the factor
     of the loss in the backward, for example 1 / tokens of the global batch. recompute: drop after the forward what
-    hyper-connections can rebuild. With gradients switched off, only `forward` may be called.
+    hyper-connections can rebuild. With gradients switched off, only `forward` may be called. watch: see NodeWatch.
     """
 
     def __init__(
-        self, chain: Chain, queues: Mapping[str, Queue], batch: Batch, loss_scale: float, *, recompute: bool = False
+        self,
+        chain: Chain,
+        queues: Mapping[str, Queue],
+        batch: Batch,
+        loss_scale: float,
+        *,
+        recompute: bool = False,
+        watch: NodeWatch | None = None,
     ) -> None:
-        self.chain = chain
+        self.chain, self._watch = chain, watch
         self._queues, self._batch, self._loss_scale, self._recompute = queues, batch, loss_scale, recompute
         needed = {name for piece in chain.pieces for name in piece.inputs}
         self._first, self._last = "tokens" in needed, "labels" in needed
@@ -72,7 +85,9 @@ class ModelStage:
             given |= {"tokens": tokens} if self._first else {}
             given |= {"labels": labels} if self._last else {}
         store = WeightGradStore()
-        return _Live(Pass(self.chain, self._queues, given, recompute=self._recompute, scope=store.deferring), store)
+        watch = None if self._watch is None else partial(self._piece, self._watch, microbatch)
+        run = Pass(self.chain, self._queues, given, recompute=self._recompute, scope=store.deferring, watch=watch)
+        return _Live(run, store)
 
     def end_forward(self, microbatch: int, live: _Live) -> torch.Tensor | None:
         """What the next stage gets, once all of the pass is issued."""
@@ -93,6 +108,19 @@ class ModelStage:
         live.run.seed(self.chain.result, grad, "compute" if self._last else "high")
         self._deferred[microbatch] = live.store
         return live
+
+    def flush(self, microbatch: int, store: WeightGradStore, node: str) -> None:
+        """Computes the weight gradients owed so far, as a part of W that belongs to a node."""
+        ended = None if self._watch is None else self._watch("W", microbatch, node, "compute")
+        store.flush()
+        if ended is not None:
+            ended()
+
+    def _piece(self, watch: NodeWatch, microbatch: int, kind: Literal["F", "B", "R"], index: int) -> Callable[[], None]:
+        piece, last = self.chain.pieces[index], self.chain.nodes[-1]
+        at_an_end = kind != "R" and last.start <= index
+        queue: QueueName = "compute" if piece.queue == "high" and not at_an_end else piece.queue
+        return watch(kind, microbatch, piece.node, queue)
 
     def end_backward(self, live: _Live) -> torch.Tensor | None:
         """What the stage before gets, once all of the backward is issued."""
@@ -115,7 +143,7 @@ class Overlapped:
         self._ahead = stage.start_forward(microbatch, x)
         self._back = other.start_backward(other_microbatch, grad)
         halves = Half(stage.chain, self._ahead.run), Half(other.chain, self._back.run)
-        self._steps = overlap(*halves, self._back.store.flush)
+        self._steps = overlap(*halves, partial(other.flush, other_microbatch, self._back.store))
         self._issued: set[str] = set()
 
     def output(self) -> torch.Tensor | None:

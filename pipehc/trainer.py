@@ -25,6 +25,7 @@ from pipehc.reduction import EarlyReduction
 from pipehc.schedules import Program, build, compile
 from pipehc.schedules.execute import Observer, execute
 from pipehc.stage import ModelStage
+from pipehc.trace import node_watch
 
 
 class TrainingError(RuntimeError):
@@ -158,8 +159,11 @@ class Trainer:
             tokens, labels = batch(split, sampler, at, train.micro_batch)
             return tokens.to(self.device), labels.to(self.device)
 
+        recompute, scale = self.config.recompute.enabled, 1.0 / tokens_in_all
         stages = {
-            key: ModelStage(chain, self._queues, microbatch, 1.0 / tokens_in_all, recompute=self.config.recompute.enabled)
+            key: ModelStage(
+                chain, self._queues, microbatch, scale, recompute=recompute, watch=node_watch(self.observers, *key)
+            )
             for key, chain in self._chains.items()
         }
         instructions, overlap = program.instructions[self.groups.pp_rank], self.config.runtime.overlap

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 
 QueueName = Literal["compute", "high", "communication"]
+# Called when a piece starts to run: F, B or R, and which one. Returns what is called when it has ended.
+Watch = Callable[[Literal["F", "B", "R"], int], Callable[[], None]]
 
 
 @dataclass(frozen=True)
