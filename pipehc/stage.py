@@ -10,7 +10,7 @@ import torch
 
 from pipehc.comm.queues import Queue
 from pipehc.overlap import Half, overlap
-from pipehc.recompute import Chain, Pass
+from pipehc.recompute import Chain, Pass, SavedBytes
 from pipehc.recompute.chain import QueueName
 from pipehc.wgrad import WeightGradStore
 
@@ -34,6 +34,7 @@ class ModelStage:
     batch: micro-batch -> (tokens, labels), both int64 [b, s]; asked by the first and the last stage alone. loss_scale: the factor
     of the loss in the backward, for example 1 / tokens of the global batch. recompute: drop after the forward what
     hyper-connections can rebuild. With gradients switched off, only `forward` may be called. watch: see NodeWatch.
+    count: counts what is kept for the first micro-batch.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class ModelStage:
         *,
         recompute: bool = False,
         watch: NodeWatch | None = None,
+        count: SavedBytes | None = None,
     ) -> None:
-        self.chain, self._watch = chain, watch
+        self.chain, self._watch, self._count = chain, watch, count
         self._queues, self._batch, self._loss_scale, self._recompute = queues, batch, loss_scale, recompute
         needed = {name for piece in chain.pieces for name in piece.inputs}
         self._first, self._last = "tokens" in needed, "labels" in needed
@@ -86,8 +88,11 @@ class ModelStage:
             given |= {"labels": labels} if self._last else {}
         store = WeightGradStore()
         watch = None if self._watch is None else partial(self._piece, self._watch, microbatch)
-        run = Pass(self.chain, self._queues, given, recompute=self._recompute, scope=store.deferring, watch=watch)
-        return _Live(run, store)
+        count, self._count = self._count, None
+        return _Live(
+            Pass(self.chain, self._queues, given, recompute=self._recompute, scope=store.deferring, count=count, watch=watch),
+            store,
+        )
 
     def end_forward(self, microbatch: int, live: _Live) -> torch.Tensor | None:
         """What the next stage gets, once all of the pass is issued."""
