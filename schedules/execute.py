@@ -12,7 +12,7 @@ from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import HostQueue, Queue
 from pipehc.schedules.actions import Action
 from pipehc.schedules.placement import Placement
-from pipehc.schedules.program import Instruction, Post, Run, Send, Wait
+from pipehc.schedules.program import Instruction, Post, Run, Send, Wait, inputs_first
 
 Key = tuple[str, int, int, int]  # activation or gradient, lane, receiving stage, micro-batch
 
@@ -125,7 +125,7 @@ def execute(
         start_after(edges[key], transfer.after)
         return edges[key]
 
-    for instruction in _inputs_first(instructions) if overlap else instructions:
+    for instruction in inputs_first(instructions) if overlap else instructions:
         for observer in observers:
             observer.begin(instruction)
         match instruction:
@@ -222,26 +222,3 @@ def _target(action: Action, placement: Placement) -> Key | None:
     if kind in "BI" and index:
         return "gradient", lane, index - 1, microbatch
     return None
-
-
-def _inputs_first(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """What both halves of a pair need comes before the pair: posts, then R, then waits. The verifier proves that this ends."""
-    result = list(instructions)
-    runs: dict[int, list[int]] = {}
-    for index, instruction in enumerate(result):
-        if isinstance(instruction, Run) and instruction.pair is not None:
-            runs.setdefault(instruction.pair, []).append(index)
-    for indices in runs.values():
-        start, stop = indices[0], indices[-1] + 1
-        while start and isinstance(result[start - 1], Wait):
-            start -= 1
-        result[start:stop] = sorted(result[start:stop], key=_place_in_pair)
-    return result
-
-
-def _place_in_pair(instruction: Instruction) -> int:
-    if isinstance(instruction, Post):
-        return 0
-    if isinstance(instruction, Wait):
-        return 2
-    return 1 if isinstance(instruction, Run) and instruction.action.kind == "R" else 3

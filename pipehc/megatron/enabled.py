@@ -31,6 +31,9 @@ def enable(
     recompute_block: int | None = None,
     overlap: bool = True,
     timeout_s: float = 600.0,
+    trace_steps: tuple[int, int] | None = None,
+    trace_folder: str = "pipehc_trace",
+    nvtx: bool = False,
     **search: Any,
 ) -> Enabled:
     """Call it before `pretrain()`, or before a hand-written loop asks Megatron for its forward-backward function.
@@ -40,8 +43,8 @@ def enable(
     checkpoints; a hand-written loop builds its chunks with `build_model_chunks` and `wrap_model_chunks`.
 
     Args:
-        schedule, recompute, recompute_block, overlap, timeout_s, search: as for `forward_backward_func`; "megatron" keeps
-            Megatron's own schedule.
+        schedule, recompute, recompute_block, overlap, timeout_s, trace_steps, trace_folder, nvtx, search: as for
+            `forward_backward_func`; "megatron" keeps Megatron's own schedule.
         residual: as for `hyper_connection_layer_spec`; None leaves the residual connections as they are.
 
     Raises:
@@ -53,8 +56,9 @@ def enable(
     if schedule == "megatron" and settings is None:
         raise ValueError("schedule = 'megatron' with residual = None: changes nothing; name a schedule or a residual")
     function = forward_backward_func(
-        schedule, recompute=recompute, recompute_block=recompute_block, overlap=overlap, timeout_s=timeout_s, **search
-    )
+        schedule, recompute=recompute, recompute_block=recompute_block, overlap=overlap, timeout_s=timeout_s,
+        trace_steps=trace_steps, trace_folder=trace_folder, nvtx=nvtx, **search,
+    )  # fmt: skip
     enabled = Enabled(function, source_of(schedule, search), settings)
     enabled.install()
     return enabled
