@@ -18,4 +18,5 @@ __all__ = list(_PLACES)
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.versions").check_version()
     return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

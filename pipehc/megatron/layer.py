@@ -9,7 +9,7 @@ from megatron.core.utils import make_viewless_tensor
 
 from pipehc.hyper_connection import HyperConnection, contract, expand
 from pipehc.megatron.connection import build_connection
-from pipehc.megatron.nodes import LayerNodes
+from pipehc.megatron.nodes import LayerNodes, first_of
 from pipehc.sublayers import Sublayer
 
 
@@ -56,9 +56,9 @@ class HyperConnectionLayer(TransformerLayer):
             raise ValueError("inference_context: hyper-connection layers train and evaluate; Megatron's inference is not supported")
         x = self.expand(hidden_states)
         h, h_post, h_res = self.attention_connection(x)  # type: ignore[operator]
-        (f,) = self._nodes.attention(_first(self.input_layernorm(h)), given)
+        (f,) = self._nodes.attention(first_of(self.input_layernorm(h)), given)
         x, h, h_post, h_res = self.mlp_connection(x, (self.attention_connection, f, h_post, h_res))  # type: ignore[operator]
-        (f,) = self._nodes.whole_mlp(_first(self.pre_mlp_layernorm(h)), given)
+        (f,) = self._nodes.whole_mlp(first_of(self.pre_mlp_layernorm(h)), given)
         out = self.contract(self.mlp_connection.post_res(x, f, h_post, h_res))
         # Megatron's schedules free the data of what they have sent, and refuse to do so for views.
         return make_viewless_tensor(inp=out, requires_grad=out.requires_grad, keep_graph=True), context
@@ -70,12 +70,6 @@ class HyperConnectionLayer(TransformerLayer):
     def contract(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, n*C] -> [s, b, C] at the end of the model; elsewhere x as it is."""
         return contract(x, self.streams, self.exit) if self.contracts else x
-
-
-def _first(normed: Any) -> torch.Tensor:
-    """Norms fused with the residual return both."""
-    out: torch.Tensor = normed[0] if isinstance(normed, tuple) else normed
-    return out
 
 
 def refuse_layer(layer: TransformerLayer) -> None:

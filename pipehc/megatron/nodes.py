@@ -147,7 +147,13 @@ class LayerNodes:
 def norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a norm that Megatron built computes; for torch's RMSNorm saving less."""
     if type(module) is not nn.RMSNorm:
-        return module
+        return lambda x: first_of(module(x))
     eps = module.eps
     assert eps is not None
     return lambda x: rms_norm(x, module.weight, eps)
+
+
+def first_of(normed: Any) -> torch.Tensor:
+    """What a norm makes; one that is fused with the residual (`fused_residual_rmsnorm`) returns its input as well."""
+    out: torch.Tensor = normed[0] if isinstance(normed, tuple) else normed
+    return out

@@ -28,10 +28,11 @@ from pipehc.megatron.batches import batches_of
 from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, unwrap
 from pipehc.megatron.feedback import gain_feedback
 from pipehc.megatron.mirror import mirrored_groups
-from pipehc.megatron.position import held_stages, megatron_place
+from pipehc.megatron.position import exchanged, held_stages, megatron_place
 from pipehc.megatron.refusals import refuse_call, refuse_model
 from pipehc.megatron.source import ScheduleSource, source_of
 from pipehc.megatron.tracing import Tracing
+from pipehc.megatron.versions import default_groups
 from pipehc.megatron.wgrad import install_deferral
 from pipehc.megatron.wide import streams_of, widened
 from pipehc.recompute import Chain
@@ -149,7 +150,7 @@ class ForwardBackward:
         program = self._program(pipeline.size(), num_microbatches, forward_only)
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-        groups = pg_collection or schedules._build_default_pg_collection()
+        groups = pg_collection or default_groups()
         step = ForwardStep(
             forward_step_func, config, num_microbatches, groups.cp.size(), collect_non_loss_data, first_val_step, forward_only
         )
@@ -186,9 +187,12 @@ class ForwardBackward:
                 tokens = torch.as_tensor(sum(stage.tokens for stage in stages.values()), dtype=torch.int, device=self._device)
                 if self._scattered_losses(placement):
                     dist.all_reduce(tokens, group=pipeline)  # afterwards Megatron takes the last rank's
+            replicas = {}
             if placement.lanes == 2:
-                groups.tp_dp_cp = mirrored_groups(pipeline)[groups.tp_dp_cp]
-            config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+                replicas = {groups.tp_dp_cp: mirrored_groups(pipeline)[groups.tp_dp_cp]}
+                groups.tp_dp_cp = replicas[groups.tp_dp_cp]
+            with exchanged(replicas):  # 0.17 asks its parallel state for the group that sums the token counts of experts
+                config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
         if self._scattered_losses(placement):
             reports = _gathered(reports, pipeline, self._device)
         if config.timers is not None:

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import nn
 
 from pipehc.megatron.feedback import gain_feedback
 from pipehc.megatron.layer import HyperConnectionLayer
+from pipehc.megatron.versions import default_groups
 
 
 class WideCommunicator(P2PCommunicator):
@@ -44,7 +44,7 @@ def widened(function: Callable[..., list]) -> Callable[..., list]:
                 raise ValueError("p2p_communicator, pg_collection: must be None with hyper-connections, whose messages are wider")
             group = parallel_state.get_pipeline_model_parallel_group()
             arguments["p2p_communicator"] = WideCommunicator(group, get_model_config(model[0]), streams)
-            arguments["pg_collection"] = schedules._build_default_pg_collection()
+            arguments["pg_collection"] = default_groups()
         with nullcontext() if arguments.get("forward_only") else gain_feedback(model):
             return function(**arguments)
 

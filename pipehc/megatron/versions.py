@@ -1,0 +1,47 @@
+"""The versions of megatron-core that the plug-in runs on, and all that it does differently for them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+ALLOWED = ((0, 17), (0, 18), (0, 19))
+
+
+def megatron_version() -> tuple[int, int]:
+    """(major, minor) of the megatron-core that this process imports."""
+    from megatron import core
+
+    match = re.match(r"(\d+)\.(\d+)", core.__version__)
+    if not match:
+        raise ValueError(f"megatron-core {core.__version__}: is no version number; must be {_allowed()}")
+    return int(match[1]), int(match[2])
+
+
+def check_version() -> None:
+    """Raises ValueError, naming the version found and those allowed, if the plug-in was not tried with it."""
+    if megatron_version() not in ALLOWED:
+        from megatron import core
+
+        raise ValueError(f"megatron-core {core.__version__}: not supported; must be {_allowed()}")
+
+
+def default_groups() -> Any:
+    """The groups that Megatron's schedules take from its parallel state, under the names of its ProcessGroupCollection."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection()
+    groups.tp = parallel_state.get_tensor_model_parallel_group()
+    groups.cp = parallel_state.get_context_parallel_group()
+    groups.pp = parallel_state.get_pipeline_model_parallel_group()
+    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
+    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
+    groups.dp = parallel_state.get_data_parallel_group()
+    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    groups.tp_dp_cp = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return groups
+
+
+def _allowed() -> str:
+    return "one of " + ", ".join(f"{major}.{minor}" for major, minor in ALLOWED)
