@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,7 @@ class ForwardBackward:
         program = self._program(pipeline.size(), num_microbatches, forward_only)
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-        groups = pg_collection or default_groups()
+        groups = copy.copy(pg_collection) or default_groups()
         step = ForwardStep(
             forward_step_func, config, num_microbatches, groups.cp.size(), collect_non_loss_data, first_val_step, forward_only
         )
