@@ -1,4 +1,4 @@
-"""Stage messages over torch.distributed: receives posted ahead, sends that nobody waits for, buffers held until they are free."""
+"""Stage messages over torch.distributed: receives posted ahead into pooled buffers, sends that are held until the peer has them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,14 @@ class _Pending(NamedTuple):
     peer: int  # rank of the world
 
 
+_Slot = tuple[Edge, int]  # of an edge: compiled programs number its receive buffers, and its sends in flight
+
+
 class Mailbox:
-    """The messages of one rank for one step. Every message is one tensor of `shape` and `dtype`.
+    """The messages of one rank, step after step. Every message is one tensor of `shape` and `dtype`.
+
+    A receive lies in the buffer of its slot, which is made once and used again by every later message of that slot: whoever posts
+    promises that all use of the one before has ended. A send keeps its tensor until `delivered`, or until `drain`.
 
     groups: a process group per directed edge (see `edge_groups`). shape, dtype, device: of every message. timeout_s: how long a
     wait may take before PeerError. `waiting` may be read by other threads; `tracker` may be set between two steps.
@@ -54,51 +60,75 @@ class Mailbox:
         self._peers = {edge: _peer(group) for edge, group in groups.items()}
         self._groups, self._shape, self._dtype, self._device = groups, shape, dtype, device
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        self._received: dict[tuple, _Pending] = {}
-        self._sent: list[tuple[tuple, _Pending]] = []
+        self._buffers: dict[_Slot, torch.Tensor] = {}
+        self._storages: set[int] = set()  # addresses of those
+        self._received: dict[tuple, tuple[_Slot, _Pending]] = {}
+        self._sent: dict[_Slot, tuple[tuple, _Pending]] = {}
+        self.most_sends = 0  # that were kept at the same time
         self.waiting: Waiting | None = None
         self.tracker: Tracker | None = None
         self._on_device: deque[tuple[str, dist.Work]] = deque(maxlen=64)
 
-    def post(self, message: tuple, edge: Edge) -> None:
+    @property
+    def buffers(self) -> int:
+        """How many receive buffers there are."""
+        return len(self._buffers)
+
+    def post(self, message: tuple, edge: Edge, slot: int = 0) -> None:
         """Posts the receive of `message` on `edge`. Posts of an edge must have the order of the peer's sends."""
-        tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        assert all(other != (edge, slot) for other, _ in self._received.values()), f"{message}: something is posted into its slot"
+        tensor = self._buffer((edge, slot))
         try:
             work = dist.irecv(tensor, group=self._groups[edge], group_src=_position(edge, edge[0]))
         except RuntimeError as error:
             raise PeerError(f"cannot receive the {message}: {first_line(error)}") from error
-        self._received[message] = self._pending(message, "recv", work, tensor, edge)
+        self._received[message] = (edge, slot), self._pending(message, "recv", work, tensor, edge)
 
     def wait(self, message: tuple) -> torch.Tensor:
         """The tensor of a posted message, once it has arrived; on CUDA the current stream waits, the host does not."""
-        pending = self._received.pop(message)
+        _, pending = self._received.pop(message)
         self._finish(pending, f"waiting for the {message}")
-        return pending.tensor
+        return pending.tensor.detach()  # what a stage does to it, such as ask for its gradient, must not stay with the buffer
 
-    def send(self, message: tuple, edge: Edge, tensor: torch.Tensor) -> None:
+    def send(self, message: tuple, edge: Edge, tensor: torch.Tensor, slot: int = 0) -> None:
         """Starts sending and returns; the tensor is held until the peer has it. Raises ValueError on a wrong shape or dtype."""
         if tuple(tensor.shape) != self._shape or tensor.dtype != self._dtype:
             raise ValueError(
                 f"{message}: the stage returned {tuple(tensor.shape)} {tensor.dtype}, "
                 f"its neighbour expects {self._shape} {self._dtype}"
             )
+        assert (edge, slot) not in self._sent, f"{message}: no event says that what was sent from its slot before has arrived"
         tensor = tensor.detach().contiguous()
+        if tensor.untyped_storage().data_ptr() in self._storages:
+            tensor = tensor.clone()  # a stage that hands on what it got: its buffer may be used again before this is sent
         try:
             work = dist.isend(tensor, group=self._groups[edge], group_dst=_position(edge, edge[1]))
         except RuntimeError as error:
             raise PeerError(f"cannot send the {message}: {first_line(error)}") from error
-        self._sent.append((message, self._pending(message, "send", work, tensor, edge)))
+        self._sent[edge, slot] = message, self._pending(message, "send", work, tensor, edge)
+        self.most_sends = max(self.most_sends, len(self._sent))
+
+    def delivered(self, edge: Edge, slot: int) -> torch.Tensor:
+        """Waits until the peer has what was sent from a slot, returns it and lets go of it; on CUDA the current stream waits."""
+        message, pending = self._sent.pop((edge, slot))
+        self._finish(pending, f"sending the {message}")
+        return pending.tensor
 
     def drain(self) -> None:
         """Waits until every send is done. At the end of a step, when every peer has posted all it will."""
-        for message, pending in self._sent:
-            self._finish(pending, f"sending the {message}")
-        self._sent.clear()
+        for edge, slot in list(self._sent):
+            self.delivered(edge, slot)
         assert not self._received, f"posted but never used: {list(self._received)}"
 
     def unfinished(self) -> list[str]:
         """Messages that a CUDA stream still waits for, though the host went on; of the last 64. For reports, from any thread."""
         return [doing for doing, work in list(self._on_device) if not work.is_completed()]
+
+    def _buffer(self, slot: _Slot) -> torch.Tensor:
+        if slot not in self._buffers:
+            self._buffers[slot] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            self._storages.add(self._buffers[slot].untyped_storage().data_ptr())
+        return self._buffers[slot]
 
     def _pending(
         self, message: tuple, kind: Literal["send", "recv"], work: dist.Work | None, tensor: torch.Tensor, edge: Edge

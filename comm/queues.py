@@ -36,6 +36,9 @@ class Queue(Protocol):
     def hold(self, tensor: torch.Tensor) -> None:
         """Called by work that uses a tensor of another queue: its memory is not used again before that work has ended."""
 
+    def another(self) -> Queue:
+        """A new queue on the same device, at work beside this one, for what the host itself need not wait for."""
+
 
 class CudaQueue:
     """A CUDA stream. The host runs ahead; `run` returns when the kernels are launched."""
@@ -62,6 +65,9 @@ class CudaQueue:
 
     def hold(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(self._stream)
+
+    def another(self) -> CudaQueue:
+        return CudaQueue(torch.cuda.Stream(self._stream.device))
 
 
 class HostEvent:
@@ -106,6 +112,9 @@ class HostQueue:
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Memory of the host is not used again while anything refers to it."""
+
+    def another(self) -> HostQueue:
+        return HostQueue(late=False)
 
     def advance(self, count: int) -> None:
         """Does what was issued up to number `count`."""

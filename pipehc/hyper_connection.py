@@ -22,8 +22,8 @@ class HyperConnection(nn.Module):
     """Maps H_pre, H_post and H_res of one sub-layer F:  x' = H_res x + H_post^T F(H_pre x).
 
     Parameters, fp32 whatever the model's dtype: phi [n*C, n*n + 2n] (hc and harmonized: [C, n + 2]), alpha [3],
-    bias [n*n + 2n]; for hybrid also blend_logit [], lambda before its sigmoid. Buffer of harmonized:
-    s [], to be set in place by a feedback controller.
+    bias [n*n + 2n]; for hybrid also blend_logit [], lambda before its sigmoid. Buffers of harmonized:
+    s [] and gain_average [], to be set in place by a feedback controller.
 
     Streams are [s, b, n*C]; coefficients are [s*b, n] and [s*b, n, n]. With `track` set, the token mean of H_res is gathered for
     diagnostics and feedback (`take_mean_h_res`).
@@ -59,6 +59,7 @@ class HyperConnection(nn.Module):
             self.blend_logit = nn.Parameter(torch.empty(()))
         if kind == "harmonized":
             self.register_buffer("s", torch.ones(()))
+            self.register_buffer("gain_average", torch.zeros(()))  # 0: no gain was seen yet
         manifold = self.manifold
         # Static coefficients have no projection; empty parameters would only trouble optimizers and checkpoints.
         self.phi = None if static else nn.Parameter(torch.empty(manifold.phi_shape(streams, hidden_size)))

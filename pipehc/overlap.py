@@ -42,12 +42,12 @@ class Half(NamedTuple):
     run: Pass
 
 
-def overlap(forward: Half, backward: Half, flush: Callable[[], None]) -> Iterator[Literal["output", "gradient", "end"]]:
+def overlap(forward: Half, backward: Half, flush: Callable[[str], None]) -> Iterator[Literal["output", "gradient", "end"]]:
     """Issues the nodes of both halves in turn.
 
-    flush: computes the weight gradients owed so far. Yields "output" when the forward is issued, "gradient" when the input gradient
-    of the backward is, "end" when all is; the first two in the order in which they come. A half with more blocks has the rest of
-    them to itself. The backward's gradient must be seeded.
+    flush: computes the weight gradients owed so far, at the turn of the node that it is given. Yields "output" when the forward is
+    issued, "gradient" when the input gradient of the backward is, "end" when all is; the first two in the order in which they
+    come. A half with more blocks has the rest of them to itself. The backward's gradient must be seeded.
     """
     ahead, back = blocks(forward.chain), blocks(backward.chain)[::-1]
     for k in range(max(len(ahead), len(back))):
@@ -55,7 +55,7 @@ def overlap(forward: Half, backward: Half, flush: Callable[[], None]) -> Iterato
             nodes = (ahead if what == "F" else back)[k : k + 1]
             for node in (node for block in nodes for node in block if node.name.endswith(f".{kind}")):
                 if what == "W":
-                    flush()
+                    flush(node.name)
                     continue
                 for index in range(node.start, node.stop)[:: 1 if what == "F" else -1]:
                     (forward.run.forward if what == "F" else backward.run.backward)(index)

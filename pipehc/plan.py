@@ -15,13 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from pipehc import parameters
+from pipehc.activations import planned
 from pipehc.config import Config, add_config_arguments, check_world_size, run_with_config
 from pipehc.plan_notes import human, live_microbatches, mebibytes, notes
 from pipehc.stages import PLACEMENTS
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """The plan as plain data, ready for JSON. Numbers of parameters are exact; `message_bytes` is one micro-batch's, one way.
+    """The plan as plain data, ready for JSON. Numbers of parameters are exact; `message_bytes` is one micro-batch's, one way;
+    `saved_bytes`, with recomputation, what hyper-connections keep of one micro-batch, and rebuild, on top of what F saves.
 
     Without parallel.dp it holds for the smallest dp possible. `live` counts micro-batches whose activations of one stage a rank
     keeps at once. Raises ConfigError if the smallest dp does not fit the batch.
@@ -31,12 +33,14 @@ def plan(config: Config) -> dict[str, Any]:
     dp = check_world_size(config, world_size)
     placement = PLACEMENTS[config.schedule.name](parallel.pp)
     held = [[stage for _, stage in placement.held(rank)] for rank in range(parallel.pp)]
+    saved = planned(config)
     per_stage = [
         {
             "stage": stage,
             "blocks": [blocks.start, blocks.stop - 1],
             "ranks": [rank for rank, stages in enumerate(held) if stage in stages],
             "parameters": count.total,
+            "saved_bytes": None if saved is None else {k: v for k, v in saved[stage]._asdict().items() if v},
         }
         for stage, (blocks, count) in enumerate(zip(config.stage_blocks(), parameters.stages(config)))
     ]
@@ -85,11 +89,15 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print()
 
     stages = Table("stage", "blocks", "on ranks", "parameters", title="Stages", title_justify="left", title_style="bold")
+    if recomputed := plan["per_stage"][0]["saved_bytes"] is not None:
+        stages.add_column("kept a micro-batch, beside F")
+        stages.add_column("rebuilt")
     for row in plan["per_stage"]:
         first, last = row["blocks"]
-        stages.add_row(
-            str(row["stage"]), f"{first}-{last}" if last > first else str(first), _join(row["ranks"]), human(row["parameters"])
-        )
+        saved = row["saved_bytes"]
+        memory = [mebibytes(saved["streams"] + saved["outputs"]), mebibytes(saved["rebuilt"])] if recomputed else []
+        span = f"{first}-{last}" if last > first else str(first)
+        stages.add_row(str(row["stage"]), span, _join(row["ranks"]), human(row["parameters"]), *memory)
     console.print(stages)
     console.print()
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,48 @@ from pipehc.schedules.recording import Recording, merge
 from pipehc.schedules.spans import Span
 
 if TYPE_CHECKING:
+    from pipehc.stage import NodeWatch
     from pipehc.trainer import Trainer
+
+
+@runtime_checkable
+class NodeObserver(Protocol):
+    """Told when the work of a node starts, on the thread and the stream that it runs on."""
+
+    def node(self, of: Node) -> Callable[[], None]:
+        """Returns what is called when it has ended."""
+
+
+class Node(NamedTuple):
+    """A node of one action. queue: `high` for the first or last piece of its action, `communication` for an all-to-all."""
+
+    kind: str  # F, B, R or W
+    lane: int
+    stage: int
+    microbatch: int
+    name: str  # BLOCK.KIND
+    queue: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.microbatch} {self.name}"
+
+
+def node_watch(observers: Sequence[object], lane: int, stage: int) -> NodeWatch | None:
+    """What a ModelStage is to tell of its nodes, or None if no observer wants to know."""
+    watching = [observer for observer in observers if isinstance(observer, NodeObserver)]
+    if not watching:
+        return None
+
+    def watch(kind: str, microbatch: int, name: str, queue: str) -> Callable[[], None]:
+        ended = [observer.node(Node(kind, lane, stage, microbatch, name, queue)) for observer in watching]
+
+        def end() -> None:
+            for observer_ended in reversed(ended):
+                observer_ended()
+
+        return end
+
+    return watch
 
 
 @contextmanager
@@ -42,7 +83,7 @@ def traced(trainer: Trainer, step: int, folder: Path) -> Iterator[None]:
 
 
 class Recorder:
-    """Records the spans of one rank while `attached` to its mailbox; an `Observer` of its instructions.
+    """Records the spans of one rank while `attached` to its mailbox; an `Observer` of its instructions, and of their nodes.
 
     rank: position in the pipeline. device: on CUDA, times are those of its streams, from events; on CPU those of the host. Times
     are ms of time.time: clocks of several machines must agree (NTP) for their spans to fit together.
@@ -53,6 +94,7 @@ class Recorder:
         self._clock: _DeviceClock | _HostClock = _DeviceClock(device) if device.type == "cuda" else _HostClock()
         self._begun: Any = None
         self._actions: list[tuple[Run | Wait, Any, Any]] = []
+        self._nodes: list[tuple[Node, Any, list[Any]]] = []  # with its start, and its end once there
         self._messages: list[tuple[Literal["send", "recv"], Message, Any, Future[Any]]] = []
         self._waiters: dict[tuple[str, int, int], ThreadPoolExecutor] = {}
 
@@ -62,6 +104,15 @@ class Recorder:
     def end(self, instruction: Instruction) -> None:
         if isinstance(instruction, Run | Wait):
             self._actions.append((instruction, self._begun, self._clock.now()))
+
+    def node(self, of: Node) -> Callable[[], None]:
+        if self._nodes and self._nodes[-1][0] == of and self._nodes[-1][2]:
+            end = self._nodes[-1][2]  # the next piece of the same node
+            end.clear()
+        else:
+            end = []
+            self._nodes.append((of, self._clock.now(), end))
+        return lambda: end.append(self._clock.now())
 
     @contextmanager
     def attached(self, mailbox: Mailbox) -> Iterator[None]:
@@ -86,6 +137,9 @@ class Recorder:
             else:
                 m = instruction.message
                 spans.append(Span(self._rank, "wait", ms(start), ms(end), f"wait {m.kind} {m.stage}.{m.microbatch}", *m[:4]))
+        for node, start, ends in self._nodes:
+            on: Literal["high", "node"] = "high" if node.queue == "high" else "node"
+            spans.append(Span(self._rank, on, ms(start), ms(ends[0]), str(node), *node[:4]))
         for queue, m, start, done in self._messages:
             spans.append(Span(self._rank, queue, ms(start), ms(done.result()), f"{m.kind} {m.stage}.{m.microbatch}", *m[:4]))
         return spans
@@ -151,23 +205,37 @@ class _DeviceClock:
 
 
 class Markers:
-    """An `Observer` that opens a range for every instruction, for Nsight Systems (NVTX) and torch.profiler."""
+    """An `Observer` that opens a range for every instruction and node, for Nsight Systems (NVTX) and torch.profiler."""
 
     def __init__(self) -> None:
-        self._open: torch.profiler.record_function | None = None
+        self._instruction: Callable[[], None] | None = None
 
     def begin(self, instruction: Instruction) -> None:
-        name = f"{type(instruction).__name__} {instruction.action if isinstance(instruction, Run) else instruction.message}"
-        if torch.cuda.is_available():
-            torch.cuda.nvtx.range_push(name)
-        self._open = torch.profiler.record_function(name)
-        self._open.__enter__()
+        what = instruction.action if isinstance(instruction, Run) else instruction.message
+        self._instruction = _open_range(f"{type(instruction).__name__} {what}")
 
     def end(self, instruction: Instruction) -> None:
-        assert self._open is not None
-        self._open.__exit__(None, None, None)
-        if torch.cuda.is_available():
+        assert self._instruction is not None
+        self._instruction()
+
+    def node(self, of: Node) -> Callable[[], None]:
+        return _open_range(f"node {of}")
+
+
+def _open_range(name: str) -> Callable[[], None]:
+    """Returns what closes the range. On a CPU an all-to-all ends among the work of other nodes: its range need not nest."""
+    nvtx = torch.cuda.is_available()
+    if nvtx:
+        torch.cuda.nvtx.range_push(name)
+    record = torch.profiler.record_function(name)
+    record.__enter__()
+
+    def close() -> None:
+        record.__exit__(None, None, None)
+        if nvtx:
             torch.cuda.nvtx.range_pop()
+
+    return close
 
 
 def save_step(

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from pipehc import parameters
+from pipehc.activations import as_metrics, describe
 from pipehc.checkpoint import Checkpoints
 from pipehc.comm.handshake import overlap_warnings
 from pipehc.comm.messages import PeerError, first_line
@@ -165,10 +166,14 @@ def train(config: Config, progress: Progress) -> None:
             with watchdog.limited(progress.doing), traced(trainer, step, folder / "trace"):
                 result = trainer.step(step, splits.train, sampler)
             tokens_per_s = train.global_batch * train.sequence_length / (time.perf_counter() - began)
-            if step % config.run.log_interval == 0 or step == train.steps:
-                gain = {} if result.gain is None else {"gain": result.gain}
+            more = {} if result.gain is None else {"gain": result.gain}
+            if step == start + 1:
+                saved = trainer.saved_activations()
+                reporter.say("\n".join(describe(*item) for item in sorted(saved.items())))
+                more |= as_metrics(saved)
+            if step % config.run.log_interval == 0 or step in (start + 1, train.steps):
                 reporter.step(
-                    step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr, tokens_per_s=tokens_per_s, **gain
+                    step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr, tokens_per_s=tokens_per_s, **more
                 )
             if evaluated := _is_due(step, config.evaluation.interval, train.steps):
                 evaluate(step)  # checks the replicas, too

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipehc.activations import Activations
 from pipehc.comm.groups import edge_groups
 from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
@@ -21,10 +22,12 @@ from pipehc.learning_rate import learning_rate
 from pipehc.megatron.groups import build_groups
 from pipehc.megatron.model import DTYPES, build_stage, initialise, parameter_names
 from pipehc.megatron.optimizer import build_optimizer
+from pipehc.recompute import SavedBytes
 from pipehc.reduction import EarlyReduction
 from pipehc.schedules import Program, build, compile
 from pipehc.schedules.execute import Observer, execute
 from pipehc.stage import ModelStage
+from pipehc.trace import node_watch
 
 
 class TrainingError(RuntimeError):
@@ -86,6 +89,7 @@ class Trainer:
         except ValueError as error:
             raise TrainingError(str(error)) from error
         self.samples_seen = 0  # of the training split; where the next step goes on, whatever the batch size was before
+        self._saved: dict[int, SavedBytes] | None = None  # by stage, as counted in the first step
         self.observers: list[Observer] = []  # of every instruction, in training and evaluation
         self.mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, config.runtime.timeout_s)
 
@@ -110,6 +114,20 @@ class Trainer:
             self.feedback.update(gain)
             self.apply_feedback()
         return StepResult(loss, grad_norm, lr, gain)
+
+    def saved_activations(self) -> dict[int, Activations]:
+        """By stage, the bytes that its first micro-batch of this process' first step kept. Collective; after a step."""
+        assert self._saved is not None, "no step yet"
+        own = {s: Activations(c.inputs, c.outputs, c.by_f, c.by_rebuilt, c.transient) for s, c in self._saved.items()}
+        everyone: list[dict[int, Activations]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, own)
+        return {stage: saved for found in everyone for stage, saved in sorted(found.items())}
+
+    def _count(self, stage: int) -> SavedBytes:
+        """For the first step alone."""
+        assert self._saved is not None
+        held = [tensor for model in self.models.values() for tensor in (*model.parameters(), *model.buffers())]
+        return self._saved.setdefault(stage, SavedBytes(held))
 
     @torch.no_grad()
     def evaluate(self, split: Split, step: int) -> float:
@@ -158,8 +176,14 @@ class Trainer:
             tokens, labels = batch(split, sampler, at, train.micro_batch)
             return tokens.to(self.device), labels.to(self.device)
 
+        recompute, scale = self.config.recompute.enabled, 1.0 / tokens_in_all
+        first_step = self._saved is None and not schedule.forward_only
+        self._saved = {} if first_step else self._saved
         stages = {
-            key: ModelStage(chain, self._queues, microbatch, 1.0 / tokens_in_all, recompute=self.config.recompute.enabled)
+            key: ModelStage(
+                chain, self._queues, microbatch, scale, recompute=recompute, watch=node_watch(self.observers, *key),
+                count=self._count(key[1]) if first_step else None,
+            )
             for key, chain in self._chains.items()
         }
         instructions, overlap = program.instructions[self.groups.pp_rank], self.config.runtime.overlap

@@ -14,8 +14,10 @@ own for that), and micro-batches may be flushed in any order.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 _open: ContextVar["WeightGradStore | None"] = ContextVar("open_store", default=None)
 
@@ -49,33 +51,101 @@ class WeightGradStore:
             owed.pop()()
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, accumulate: Callable[[torch.Tensor], None]) -> torch.Tensor:
-    """x [..., k] times weight [m, k] transposed: [..., m]; the weight gradient [m, k] goes to `accumulate`, not to autograd.
+class Split(NamedTuple):
+    """Tensor parallelism of a linear layer whose weight is split by rows: every rank of `group` makes its columns of the result.
 
-    It goes there when the open store is flushed or, without one, during the backward. The parameter stays out of the autograd
-    graph, so that no hook on it fires before its gradient is there. `x` must require grad, or there is no backward at all.
+    sequence: a rank has its part of the input's first dimension (sequence parallelism), rather than all of the input.
     """
-    return _Linear.apply(x, weight.detach(), accumulate, _open.get())
+
+    group: dist.ProcessGroup
+    sequence: bool
+
+
+class Accumulate(NamedTuple):
+    """What takes the gradient of the weight [m, k], and of the bias [m] if there is one."""
+
+    weight: Callable[[torch.Tensor], None]
+    bias: Callable[[torch.Tensor], None] | None = None
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    accumulate: Accumulate,
+    bias: torch.Tensor | None = None,
+    split: Split | None = None,
+) -> torch.Tensor:
+    """x [..., k] times weight [m, k] transposed, plus bias [m]: [..., m]; their gradients go to `accumulate`, not to autograd.
+
+    They go there when the open store is flushed or, without one, during the backward. The parameters stay out of the autograd
+    graph, so that no hook on them fires before their gradients are there.
+
+    split: the gradient of `x` is then summed over the group, and with `sequence` the first dimension of `x` is gathered; both
+    are done in the forward and the backward themselves, so that W talks to nobody.
+    """
+    # In the graph is a stand-in that requires grad: without one torch.matmul may choose another kernel, and there would be no
+    # backward at all where `x` requires no grad.
+    stand_in = weight.detach().requires_grad_(torch.is_grad_enabled())
+    return _Linear.apply(x, stand_in, None if bias is None else bias.detach(), accumulate, split, _open.get())
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, accumulate, store):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x, weight, bias, accumulate, split, store):  # type: ignore[no-untyped-def,override]
         ctx.save_for_backward(x, weight)
-        ctx.accumulate, ctx.store = accumulate, store
-        return x.matmul(weight.t())
+        ctx.accumulate, ctx.split, ctx.store = accumulate, split, store
+        y = _start_gather(x, split)().matmul(weight.t())
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
         x, weight = ctx.saved_tensors
         accumulate = ctx.accumulate
 
-        def compute() -> None:
-            accumulate(dy.reshape(-1, dy.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1])))
-
+        gather = _start_gather(x, ctx.split)
         dx = dy.matmul(weight)
+        whole = gather()
+        finish = _start_sum(dx, ctx.split)
+
+        def compute() -> None:
+            rows = dy.reshape(-1, dy.shape[-1])
+            accumulate.weight(rows.t().matmul(whole.reshape(-1, whole.shape[-1])))
+            if accumulate.bias is not None:
+                accumulate.bias(rows.sum(dim=0))
+
         if ctx.store is None:
             compute()
         else:
             ctx.store.put(compute)
-        return dx, None, None, None
+        return finish(), None, None, None, None, None
+
+
+def _start_gather(x: torch.Tensor, split: Split | None) -> Callable[[], torch.Tensor]:
+    """Starts to bring the parts of the first dimension together; returns what ends it and gives the whole."""
+    if split is None or not split.sequence:
+        return lambda: x
+    part = x.contiguous()
+    whole = part.new_empty((part.shape[0] * split.group.size(), *part.shape[1:]))
+    work = dist.all_gather_into_tensor(whole, part, group=split.group, async_op=True)
+    return _ended(work, part, whole)
+
+
+def _start_sum(dx: torch.Tensor, split: Split | None) -> Callable[[], torch.Tensor]:
+    """Starts to sum over the group; returns what ends it and gives the sum, or this rank's part of its first dimension."""
+    if split is None:
+        return lambda: dx
+    if not split.sequence:
+        return _ended(dist.all_reduce(dx, group=split.group, async_op=True), dx)
+    part = dx.new_empty((dx.shape[0] // split.group.size(), *dx.shape[1:]))
+    return _ended(dist.reduce_scatter_tensor(part, dx, group=split.group, async_op=True), dx, part)
+
+
+def _ended(work: dist.Work | None, *tensors: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What waits for `work` and gives the last of the tensors; all of them are held until then."""
+
+    def end() -> torch.Tensor:
+        assert work is not None
+        work.wait()
+        return tensors[-1]
+
+    return end

@@ -9,6 +9,8 @@ from itertools import groupby
 from typing import Any, Literal
 
 QueueName = Literal["compute", "high", "communication"]
+# Called when a piece starts to run: F, B or R, and which one. Returns what is called when it has ended.
+Watch = Callable[[Literal["F", "B", "R"], int], Callable[[], None]]
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from pipehc.comm.queues import Queue
-from pipehc.recompute.chain import Chain, Exchange, Piece, QueueName
+from pipehc.comm.queues import Queue, Work
+from pipehc.recompute.chain import Chain, Exchange, Piece, QueueName, Watch
 from pipehc.recompute.saved import SavedBytes
 
 
@@ -52,7 +52,7 @@ class Pass:
 
     queues: one of each name that the chain's pieces use. given: the values that no piece makes, complete for what is issued to
     `compute` from now on. recompute: drop what can be rebuilt. scope: entered around each piece that runs with autograd, for
-    example to open a store of weight gradients. count: where to count the bytes that are kept.
+    example to open a store of weight gradients. count: where to count the bytes that are kept. watch: told when pieces really run.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class Pass:
         recompute: bool = False,
         scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
         count: SavedBytes | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        self._chain, self._queues, self._scope, self._count = chain, queues, scope, count
+        self._chain, self._queues, self._scope, self._count, self._watch = chain, queues, scope, count, watch
         self._grad = torch.is_grad_enabled()
         self._recompute = recompute and self._grad
         self._values: dict[str, Any] = dict(given)  # those that the forward still needs
@@ -116,7 +117,7 @@ class Pass:
             self._put(piece, outputs)
             return None
 
-        queue.run(work)
+        self._run(queue, "F", index, work)
         made = self._mark(queue)
         self._made.update((name, made) for name in piece.outputs)
 
@@ -185,7 +186,7 @@ class Pass:
             self._give(piece, graph.gradients)
             return None
 
-        queue.run(work)
+        self._run(queue, "B", index, work)
         made = self._mark(queue)
         for name in piece.inputs:
             self._owed.setdefault(name, []).append(made)
@@ -198,6 +199,27 @@ class Pass:
         """The gradient of a given value, complete for what is issued to `compute` from now on."""
         queue = self._queues["compute"]
         return self._sum(queue, name, self._after(queue, self._owed.pop(name, [])))
+
+    def _run(self, queue: Queue, kind: Literal["F", "B", "R"], index: int, work: Work) -> None:
+        watch = self._watch
+        if watch is None:
+            queue.run(work)
+            return
+
+        def watched() -> Callable[[], None] | None:
+            ended = watch(kind, index)
+            rest = work()
+            if rest is None:
+                ended()
+                return None
+
+            def finish(rest: Callable[[], None] = rest) -> None:
+                rest()
+                ended()
+
+            return finish
+
+        queue.run(watched)
 
     # -- values
 
@@ -313,7 +335,7 @@ class Pass:
                     if self._count is not None:
                         self._count.add_transient(value)
 
-        queue.run(work)
+        self._run(queue, "R", index, work)
         made = self._mark(queue)
         self._again.update((name, made) for name in piece.outputs)
 

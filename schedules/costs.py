@@ -17,6 +17,9 @@ class Costs:
     f: forward. b: input gradient alone (a full backward is b + w). w: weight gradient. r: recompute.
     high: the part of f, and of b, that runs on the high-priority queue where the program has one.
     pair: an overlapped forward and full backward, together; default f + b + w, that is, no gain.
+    pair_leave: how much of a pair has passed, as fractions, when its forward's output and when its input gradient leave; the pair
+        then starts when the inputs of both halves are there, as where nodes are interleaved. Neither leaves sooner than its half
+        takes alone. Default None: first the forward, then the backward, each when its own input is there.
     link: how long one stage message holds its directed link, whatever the stage's size; latency: added after it.
     weights: factors on equal parts of the model, from its entry to its exit, one tuple for all lanes or one per lane. A stage
         takes the mean over the part it holds, so the same weights serve placements of P and of 2P stages.
@@ -31,6 +34,7 @@ class Costs:
     r: float = 0.0
     high: float = 0.0
     pair: float | None = None
+    pair_leave: tuple[float, float] | None = None
     link: float = 0.0
     latency: float = 0.0
     weights: Weights | None = None
@@ -46,6 +50,8 @@ class Costs:
             raise ValueError(f"costs f = {self.f}, b = {self.b}, w = {self.w}: at least one must be > 0")
         if self.high > min(self.f, self.b):
             raise ValueError(f"costs.high = {self.high}: it is a part of f = {self.f} and of b = {self.b}, and cannot be more")
+        if self.pair_leave is not None and not 0 <= self.pair_leave[0] <= self.pair_leave[1] <= 1:
+            raise ValueError(f"costs.pair_leave = {self.pair_leave}: must be two fractions of a pair, 0 <= output <= gradient <= 1")
         if self.weights is not None and not (self.weights and all(_positive(row) for row in self._weight_rows)):
             raise ValueError(f"costs.weights = {self.weights}: needs one or more factors > 0, or such a tuple per lane")
         if self.microbatch_weights is not None and not _positive(self.microbatch_weights):

@@ -12,7 +12,7 @@ from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import HostQueue, Queue
 from pipehc.schedules.actions import Action
 from pipehc.schedules.placement import Placement
-from pipehc.schedules.program import Instruction, Post, Run, Send, Wait
+from pipehc.schedules.program import Instruction, Post, Run, Send, Wait, inputs_first
 
 Key = tuple[str, int, int, int]  # activation or gradient, lane, receiving stage, micro-batch
 
@@ -67,18 +67,15 @@ class Observer(Protocol):
 
 
 class _Value(NamedTuple):
-    """A stage message, complete after an event of a queue."""
+    """A stage message and the queue that it is complete on; the program's events say when others may use it."""
 
     tensor: torch.Tensor | None
     queue: Queue
-    event: Any
 
     def on(self, queue: Queue) -> torch.Tensor | None:
-        """The message, for what is issued to `queue` from now on."""
-        if queue is not self.queue:
-            queue.wait(self.event)
-            if self.tensor is not None:
-                queue.hold(self.tensor)
+        """The message, about to be used on `queue`."""
+        if queue is not self.queue and self.tensor is not None:
+            queue.hold(self.tensor)
         return self.tensor
 
 
@@ -105,33 +102,56 @@ def execute(
     pairs: dict[int, Overlapped] = {}
     values: dict[Key, _Value] = {}  # inputs and output gradients that are here
     results: dict[Key, _Value] = {}  # computed, about to be sent
+    edges: dict[tuple[type, int, int], Queue] = {}  # what sends, and what posts receives, of each edge
+    runs: dict[int, tuple[Queue, Any]] = {}  # the program's events that runs record
+    sends: dict[int, Callable[[], torch.Tensor]] = {}  # and those of sends: what waits for one
 
     def take(run: Run) -> torch.Tensor | None:
         """The message that an action needs, or what the neighbouring stage on this rank left for it."""
         key = _source(run.action, placement)
         return None if key is None else values.pop(key).on(queues[run.entry])
 
-    for instruction in _inputs_first(instructions) if overlap else instructions:
+    def start_after(queue: Queue, events: Sequence[int]) -> None:
+        for number in events:
+            if number in sends:
+                queue.hold(_issue(queue, sends.pop(number)))
+            elif runs[number][0] is not queue:
+                queue.wait(runs[number][1])
+
+    def edge_queue(transfer: Post | Send) -> Queue:
+        key = type(transfer), transfer.message.source, transfer.message.target
+        if key not in edges:
+            edges[key] = queues["compute"].another()
+        start_after(edges[key], transfer.after)
+        return edges[key]
+
+    for instruction in inputs_first(instructions) if overlap else instructions:
         for observer in observers:
             observer.begin(instruction)
         match instruction:
-            case Post(message):
-                mailbox.post(message, (message.source, message.target))
+            case Post(message, slot):
+                queue = edge_queue(instruction)
+                _issue(queue, partial(mailbox.post, message, (message.source, message.target), slot))
             case Wait(message, queue):
                 arrived = _issue(queues[queue], partial(mailbox.wait, message))
-                values[message[:4]] = _Value(arrived, queues[queue], queues[queue].event())
-            case Send(message):
-                value = results.pop(message[:4])
-                if value.tensor is None:
+                values[message[:4]] = _Value(arrived, queues[queue])
+            case Send(message, slot):
+                edge, queue = (message.source, message.target), edge_queue(instruction)
+                tensor = results.pop(message[:4]).on(queue)
+                if tensor is None:
                     raise ValueError(f"{message}: the stage returned None, its neighbour expects a tensor")
-                _issue(value.queue, partial(mailbox.send, message, (message.source, message.target), value.tensor))
+                _issue(queue, partial(mailbox.send, message, edge, tensor, slot))
+                if instruction.event is not None:
+                    sends[instruction.event] = partial(mailbox.delivered, edge, slot)
             case Run(action, pair):
                 stage = stages[action.lane, action.stage]
+                start_after(queues[instruction.entry], instruction.after)
                 if pair is None or not overlap or action.kind == "R":
                     result = _run(action, stage, take(instruction))
                 else:
                     if action.kind == "F":
                         x, backward = take(instruction), backwards[pair]
+                        start_after(queues[backward.entry], [event for event in backward.after if event in runs])
                         other, grad = stages[backward.action.lane, backward.action.stage], take(backward)
                         assert isinstance(stage, OverlapStage)
                         pairs[pair] = stage.overlap(action.microbatch, x, other, backward.action.microbatch, grad)
@@ -140,8 +160,9 @@ def execute(
                         del pairs[pair]
                 if (key := _target(action, placement)) is not None:
                     local = placement.rank(key[1], key[2]) == placement.rank(action.lane, action.stage)
-                    exit = queues[instruction.exit]
-                    (values if local else results)[key] = _Value(result, exit, exit.event())
+                    (values if local else results)[key] = _Value(result, queues[instruction.exit])
+                if instruction.event is not None:
+                    runs[instruction.event] = queues[instruction.exit], queues[instruction.exit].event()
         for observer in observers:
             observer.end(instruction)
     assert not results, f"computed but never sent: {list(results)}"
@@ -201,26 +222,3 @@ def _target(action: Action, placement: Placement) -> Key | None:
     if kind in "BI" and index:
         return "gradient", lane, index - 1, microbatch
     return None
-
-
-def _inputs_first(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """What both halves of a pair need comes before the pair: posts, then R, then waits. The verifier proves that this ends."""
-    result = list(instructions)
-    runs: dict[int, list[int]] = {}
-    for index, instruction in enumerate(result):
-        if isinstance(instruction, Run) and instruction.pair is not None:
-            runs.setdefault(instruction.pair, []).append(index)
-    for indices in runs.values():
-        start, stop = indices[0], indices[-1] + 1
-        while start and isinstance(result[start - 1], Wait):
-            start -= 1
-        result[start:stop] = sorted(result[start:stop], key=_place_in_pair)
-    return result
-
-
-def _place_in_pair(instruction: Instruction) -> int:
-    if isinstance(instruction, Post):
-        return 0
-    if isinstance(instruction, Wait):
-        return 2
-    return 1 if isinstance(instruction, Run) and instruction.action.kind == "R" else 3

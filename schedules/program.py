@@ -11,6 +11,7 @@ that the peer has the data: from then on its buffer may be written again, or its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -104,3 +105,29 @@ class Program:
                     edge = i.message.source, i.message.target
                     slots[edge] = max(slots.get(edge, 0), i.slot + 1)
         return slots
+
+
+def inputs_first(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """A row as it is run where pairs are interleaved: posts, then R, then waits of both halves come before the pair.
+
+    The verifier proves that this ends.
+    """
+    result = list(instructions)
+    runs: dict[int, list[int]] = {}
+    for index, instruction in enumerate(result):
+        if isinstance(instruction, Run) and instruction.pair is not None:
+            runs.setdefault(instruction.pair, []).append(index)
+    for indices in runs.values():
+        start, stop = indices[0], indices[-1] + 1
+        while start and isinstance(result[start - 1], Wait):
+            start -= 1
+        result[start:stop] = sorted(result[start:stop], key=_place_in_pair)
+    return result
+
+
+def _place_in_pair(instruction: Instruction) -> int:
+    if isinstance(instruction, Post):
+        return 0
+    if isinstance(instruction, Wait):
+        return 2
+    return 1 if isinstance(instruction, Run) and instruction.action.kind == "R" else 3

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 from pipehc.schedules.actions import parse
 from pipehc.schedules.compile import compile
@@ -72,30 +73,71 @@ class Recording:
 def measured_costs(recording: Recording) -> Costs:
     """What the actions and messages of a recorded step took, for a simulation of the same step.
 
-    Stages differ by one factor each, the same for all their actions. An action takes the mean over its micro-batches, a message
-    the median of its time on the link.
+    Stages differ by one factor each, the same for all their actions. An action takes the mean over its micro-batches outside of
+    pairs, unless it only ran in pairs; a message the median of its time on the link. Pairs that were interleaved say how much of
+    their halves' time they take, and when their messages leave.
     """
     placement = recording.schedule.placement
-    times: dict[tuple[str, int], list[float]] = defaultdict(list)
+    alone: dict[tuple[str, int], list[float]] = defaultdict(list)
+    paired: dict[tuple[str, int], list[float]] = defaultdict(list)
     for span in recording.spans:
         if span.queue == "compute":
-            times[span.kind, span.stage].append(span.end - span.start)
+            in_pair = span.pair is not None and span.kind != "R"
+            (paired if in_pair else alone)[span.kind, span.stage].append(span.end - span.start)
+    times = paired | alone
     stages = range(placement.stages)
     time = {(kind, s): mean(times[kind, s]) if (kind, s) in times else 0.0 for kind in "FIWBR" for s in stages}
     split = [s for s in stages if ("I", s) in times]
     # Where there are both split and full backwards, the split ones tell what each part takes.
     backward = [time["I", s] + time["W", s] if s in split else time["B", s] for s in stages]
     halves = sum(time["I", s] for s in split), sum(time["W", s] for s in split)
-    b, share = mean(backward) / placement.share, halves[0] / sum(halves) if sum(halves) else 1.0
+    f, b = mean(time["F", s] for s in stages) / placement.share, mean(backward) / placement.share
+    share = halves[0] / sum(halves) if sum(halves) else 1.0
     whole = [time["F", s] + backward[s] for s in stages]
+    pairs = _Pairs.of(recording.spans)
+    gain = None if pairs is None else pairs.whole / sum(time["F", i] + backward[j] for i, j in pairs.stages)
     return Costs(
-        f=mean(time["F", s] for s in stages) / placement.share,
+        f=f,
         b=b * share,
         w=b * (1 - share),
         r=mean(time["R", s] for s in stages) / placement.share,
+        pair=None if gain is None else gain * (f + b),
+        pair_leave=None if pairs is None else (pairs.output, max(pairs.output, pairs.gradient)),
         link=median([s.end - s.start for s in recording.spans if s.queue == "recv"] or [0.0]),
         weights=tuple(stage / mean(whole) for stage in whole) if any(whole) else None,
     )
+
+
+class _Pairs(NamedTuple):
+    """Interleaved pairs: all of their time, and which parts of it had passed when the output and the input gradient were there."""
+
+    whole: float
+    output: float
+    gradient: float
+    stages: list[tuple[int, int]]  # of the forward and of the backward
+
+    @staticmethod
+    def of(spans: Sequence[Span]) -> _Pairs | None:
+        """None if pairs were not interleaved: then backwards waited for their gradients after the forwards of their pairs."""
+        found: dict[tuple[int, int], dict[str, Span]] = defaultdict(dict)
+        waits = defaultdict(list)
+        for span in spans:
+            if span.queue == "compute" and span.pair is not None and span.kind != "R":
+                found[span.rank, span.pair][span.kind] = span
+            if span.queue == "wait":
+                waits[span.rank].append(span.start)
+        lengths: list[dict[str, float]] = []
+        stages = []
+        for (rank, _), parts in found.items():
+            ends = min(s.start for s in parts.values()), max(s.end for s in parts.values())
+            if any(ends[0] < start < ends[1] for start in waits[rank]):
+                return None
+            lengths.append({kind: span.end - span.start for kind, span in parts.items()})
+            stages.append((parts["F"].stage, next(parts[kind].stage for kind in "IB" if kind in parts)))
+        whole = sum(sum(parts.values()) for parts in lengths)
+        split = [parts for parts in lengths if "I" in parts]
+        before_w = sum(parts["F"] + parts["I"] for parts in split) / sum(sum(parts.values()) for parts in split) if split else 1.0
+        return _Pairs(whole, sum(parts["F"] for parts in lengths) / whole, before_w, stages) if whole else None
 
 
 def link_spans(sent: Iterable[Span], received: Iterable[Span], placement: Placement) -> list[Span]:

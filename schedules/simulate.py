@@ -4,7 +4,8 @@ The model. Each rank issues its instructions in order. Runs occupy the compute q
 queue if they say so; a wait stalls its queue until the message has arrived. A message is sent when the result is there, and
 starts on its directed link when the peer has posted the receive and the link is free: links are FIFOs, held for `link` a message,
 and `latency` passes after that. A receive counts as posted when the compute queue gets there, as on a host that runs in step
-with its device. What an instruction lists in `after` is waited for.
+with its device. What an instruction lists in `after` is waited for. With `Costs.pair_leave` pairs are one piece of work, from
+which messages leave on the way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pipehc.schedules.bounds import lower_bound
 from pipehc.schedules.compile import compile
 from pipehc.schedules.costs import Costs
-from pipehc.schedules.program import ComputeQueue, Message, Post, Program, Run, Send, Wait
+from pipehc.schedules.program import ComputeQueue, Message, Post, Program, Run, Send, Wait, inputs_first
 from pipehc.schedules.schedule import Schedule
 from pipehc.schedules.spans import Span
 
@@ -113,11 +114,15 @@ class _Rank:
 
     def __init__(self, program: Program, costs: Costs, rank: int, links: dict[tuple[int, int], _Link]) -> None:
         self.rank, self.instructions, self.position, self.links = rank, program.instructions[rank], 0, links
+        self.leave = costs.pair_leave
+        if self.leave is not None:
+            self.instructions = tuple(inputs_first(self.instructions))
         schedule = program.schedule
         self.factors = costs.stage_factors(schedule.placement)
         self.microbatch = costs.microbatch_factors(schedule.microbatches)
         self.time = {kind: costs.time(kind) for kind in "FBIWR"}
         self.high, self.pair_scale, self.bytes = costs.high, costs.pair_scale, costs.activation_bytes
+        self.pairs = self._pair_lengths()
         self.keeps = not schedule.forward_only
         self.clock: dict[str, float] = {"compute": 0.0, "high": 0.0}
         self.events: dict[int, float | Message] = {}  # the time, or the message with whose arrival it comes
@@ -126,6 +131,28 @@ class _Rank:
         self.recomputed: dict[tuple[int, int, int], tuple[float, float]] = {}  # lane, stage, micro-batch -> (start, end)
         self.awaited: tuple[float, float] | None = None  # (sent, arrived) of what the high-priority queue waits for
         self.spans: list[Span] = []
+
+    def _pair_lengths(self) -> dict[tuple[int, str], float]:
+        """(pair, kind) -> how long each action of an interleaved pair lasts, from the end of the one before."""
+        lengths: dict[tuple[int, str], float] = {}
+        if self.leave is None:
+            return lengths
+        alone: dict[int, dict[str, float]] = {}
+        for i in self.instructions:
+            if isinstance(i, Run) and i.pair is not None and i.action.kind != "R":
+                alone.setdefault(i.pair, {})[i.action.kind] = self.time[i.action.kind] * self._scale(i)
+        for pair, times in alone.items():
+            whole = sum(times.values())
+            output = max(self.leave[0] * whole, times["F"])
+            gradient = min(whole, max(self.leave[1] * whole, output, times["I"])) if "I" in times else whole
+            lengths[pair, "F"], lengths[pair, "B"] = output, whole - output
+            lengths[pair, "I"], lengths[pair, "W"] = gradient - output, whole - gradient
+        return lengths
+
+    def _scale(self, run: Run) -> float:
+        _, stage, microbatch, lane = run.action
+        factor = self.factors[lane][stage] * self.microbatch[microbatch]
+        return factor if run.pair is None else factor * self.pair_scale
 
     @property
     def busy(self) -> float:
@@ -187,9 +214,13 @@ class _Rank:
 
     def _run(self, instruction: Run, after: float) -> None:
         kind, stage, microbatch, lane = instruction.action
-        factor = self.factors[lane][stage] * self.microbatch[microbatch]
-        scaled = factor if instruction.pair is None else factor * self.pair_scale
-        length, high = self.time[kind] * scaled, self.high * scaled
+        factor, scaled = self.factors[lane][stage] * self.microbatch[microbatch], self._scale(instruction)
+        length = self.time[kind] * scaled
+        if instruction.pair is not None:
+            length = self.pairs.get((instruction.pair, kind), length)
+            if self.leave is not None and kind == "F":
+                after = max(after, self.clock["high"])  # where the backward's gradient may be waited for
+        high = min(self.high * scaled, length)
         end = after
         if instruction.entry == "high":
             end = self._piece(instruction, "high", end, high)

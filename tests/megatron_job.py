@@ -189,7 +189,7 @@ class Job:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=False, overlap_grad_reduce=overlap_grad_reduce, use_distributed_optimizer=distributed_optimizer
         )
-        name = schedule or ("interleaved" if vpp else "1f1b")
+        name = schedule or "megatron"
         model_provider = provider(config, **dict(model_options))
         chunks = build_model_chunks(model_provider, name, residual=residual, **search)
         for chunk in chunks:

@@ -30,7 +30,7 @@ class Written:
 def order(ahead, back, dense=1):
     log = []
     halves = [Half(chain, Written(log, chain)) for chain in (Toy(ahead, dense).chain(), Toy(back, dense).chain())]
-    for mark in overlap(*halves, lambda: log.append("W")):
+    for mark in overlap(*halves, lambda node: log.append("W")):
         log.append(mark)
     return log
 

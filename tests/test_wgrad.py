@@ -10,10 +10,11 @@ from tiny_model import micro_batch, tiny_config
 from pipehc.megatron.groups import build_groups
 from pipehc.megatron.model import StageModel, build_stage, initialise, parameter_names
 from pipehc.megatron.wgrad import install_deferral
-from pipehc.wgrad import WeightGradStore, linear
+from pipehc.wgrad import Accumulate, WeightGradStore, linear
 from processes import run_ranks
 
 CONFIG = tiny_config()
+IGNORE = Accumulate(lambda gradient: None)
 AT_ONCE = ("embedding", "layernorm", "router", "connection")  # parameters whose gradients autograd computes
 
 
@@ -31,7 +32,7 @@ def layer():
 def test_linear_without_a_store_is_autograd(layer):
     x, weight, dy, dx, dw = layer
     found = []
-    linear(x, weight, found.append).backward(dy)
+    linear(x, weight, Accumulate(found.append)).backward(dy)
     torch.testing.assert_close(x.grad, dx, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(found, [dw], rtol=1e-14, atol=1e-14)
     assert weight.grad is None
@@ -41,7 +42,7 @@ def test_store_keeps_weight_gradients_until_flushed(layer):
     x, weight, dy, dx, dw = layer
     found, store = [], WeightGradStore()
     with store.deferring():
-        y = linear(x, weight, found.append)
+        y = linear(x, weight, Accumulate(found.append))
     y.backward(dy)
     torch.testing.assert_close(x.grad, dx, rtol=1e-14, atol=1e-14)
     assert (len(store), found) == (1, [])
@@ -51,11 +52,21 @@ def test_store_keeps_weight_gradients_until_flushed(layer):
     assert (len(store), len(found)) == (0, 1)
 
 
+def test_an_input_without_gradient_still_owes_the_weights(layer):
+    x, weight, dy, _, dw = layer
+    found, store = [], WeightGradStore()
+    with store.deferring():
+        y = linear(x.detach(), weight, Accumulate(found.append))
+    y.backward(dy)
+    store.flush()
+    torch.testing.assert_close(found, [dw], rtol=1e-14, atol=1e-14)
+
+
 def test_store_of_the_forward_counts_whatever_is_open_later(layer):
     x, weight, dy, _, _ = layer
     a, b = WeightGradStore(), WeightGradStore()
     with a.deferring():
-        y = linear(x, weight, lambda gradient: None)
+        y = linear(x, weight, IGNORE)
     with b.deferring():
         thread = threading.Thread(target=y.backward, args=(dy,))  # as CUDA's backward, in a thread with a context of its own
         thread.start()
@@ -68,8 +79,8 @@ def test_stores_nest(layer):
     outer, inner = WeightGradStore(), WeightGradStore()
     with outer.deferring():
         with inner.deferring():
-            first = linear(x, weight, lambda gradient: None)
-        second = linear(x, weight, lambda gradient: None)
+            first = linear(x, weight, IGNORE)
+        second = linear(x, weight, IGNORE)
     first.backward(dy)
     assert (len(outer), len(inner)) == (0, 1)
     second.backward(dy)

@@ -6,6 +6,7 @@ from pipehc.hyper_connection import HyperConnection
 from pipehc.norm import rms_norm
 from pipehc.recompute import Exchange, Piece, cut
 from pipehc.sublayers import Sublayer, build_chain
+from pipehc.wgrad import Accumulate, linear
 
 TOKENS, STREAMS, CHANNELS = 3, 2, 4
 
@@ -18,8 +19,12 @@ class Toy:
         self.weights = {}
         self.sublayers = [s for block in range(blocks) for s in self._block(block, block >= dense)]
 
-    def chain(self, block=None):
-        return build_chain(self.sublayers, cut(len(self.sublayers), block), None, None)
+    def chain(self, block=None, first=False, last=False):
+        """first: makes the streams of `tokens`. last: makes a loss of them and of `labels`; both as `streams` makes them."""
+        entry = Piece("embedding", lambda tokens: (tokens * self._scale("embedding"),), ("tokens",), ("x0",)) if first else None
+        end = f"x{len(self.sublayers)}"
+        loss = Piece("loss", lambda x, y: ((x * self._scale("loss") - y).square().sum(),), (end, "labels"), ("loss",))
+        return build_chain(self.sublayers, cut(len(self.sublayers), block), entry, loss if last else None)
 
     def take_gradients(self):
         found = {name: weight.grad for name, weight in self.weights.items()}
@@ -62,9 +67,16 @@ class Toy:
             Piece("sum", lambda r, s: (r + s,), ("back", "shared"), ("f",), f"{block}.mlp_post"),
         )
 
+    def _scale(self, name):
+        return self.weights.setdefault(name, torch.ones(1).requires_grad_())
+
     def _linear(self, name):
         weight = self.weights[name] = torch.randn(CHANNELS, CHANNELS, generator=self._generator).requires_grad_()
-        return lambda x: (torch.tanh(x @ weight),)
+
+        def add(gradient):
+            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+
+        return lambda x: (torch.tanh(linear(x, weight, Accumulate(add))),)
 
     def _around(self, name):
         connection = HyperConnection(CHANNELS, STREAMS, alpha=0.3)

@@ -10,7 +10,7 @@ _PLACES = {
     "build_model_chunks": "model_chunks",
     "wrap_model_chunks": "model_chunks",
     "gradient_groups_of": "model_chunks",
-    "enable": "enable",
+    "enable": "enabled",
 }
 __all__ = list(_PLACES)
 

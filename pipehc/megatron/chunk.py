@@ -26,10 +26,10 @@ from pipehc.megatron.connection import PlainConnection
 from pipehc.megatron.layer import HyperConnectionLayer, refuse_layer
 from pipehc.megatron.nodes import LayerNodes
 from pipehc.megatron.position import acting_at
-from pipehc.overlap import Half, overlap
 from pipehc.recompute import Chain, Pass, Piece, cut
 from pipehc.recompute.chain import QueueName
-from pipehc.sublayers import CONTEXT, build_chain
+from pipehc.stage import ChainStage, NodeWatch
+from pipehc.sublayers import CONTEXT, Sublayer, build_chain
 from pipehc.wgrad import WeightGradStore
 
 INPUT = "hidden"
@@ -50,7 +50,7 @@ class ForwardStep:
 
 
 @dataclass
-class Live:
+class ChunkLive:
     """One micro-batch between its forward and its backward."""
 
     store: WeightGradStore
@@ -74,7 +74,7 @@ def decoder_chain(decoder: TransformerBlock, block: int | None) -> Chain:
     """
     if not decoder.layers:
         raise ValueError("a model chunk without transformer layers: every stage needs at least one; change the pipeline layout")
-    sublayers = []
+    sublayers: list[Sublayer] = []
     for layer in decoder.layers:
         if isinstance(layer, HyperConnectionLayer):
             sublayers += layer.sublayers()
@@ -93,12 +93,11 @@ def decoder_chain(decoder: TransformerBlock, block: int | None) -> Chain:
     return build_chain(sublayers, cut(len(sublayers), block), entry, exit)
 
 
-class ChunkStage:
-    """Implements `pipehc.schedules.execute.OverlapStage`, for the micro-batches of one call.
+class ChunkStage(ChainStage):
+    """The micro-batches of one call on one chunk.
 
     chunk: the model as the job has it, in its wrappers. place: (pipeline rank, vp_stage) that Megatron's own rule gives to the
-    stage. Programs are compiled with `high`: what the decoder makes is complete for the high-priority queue, and for the compute
-    queue where anything is done to it afterwards.
+    stage. ends: whether it is the first, whether the last.
     """
 
     def __init__(
@@ -112,14 +111,14 @@ class ChunkStage:
         batches: Batches | None,
         *,
         recompute: bool,
+        watch: NodeWatch | None,
     ) -> None:
-        self.chunk, self.chain, self.step = chunk, chain, step
+        super().__init__(chain, queues, recompute, watch, None)
+        self.chunk, self.step = chunk, step
         self.decoder: Any = unwrap(chunk).decoder
         self._position, self._vp_stage = place
         self._first, self._last = ends
-        self._queues, self._batches, self._recompute = queues, batches, recompute
-        self._live: dict[int, Live] = {}
-        self._deferred: dict[int, WeightGradStore] = {}
+        self._batches = batches
         self._started = 0
         self.reported: dict[int, list[Any]] = {}  # micro-batch -> what the loss function reports, on the last stage
         self.tokens: Any = 0
@@ -136,34 +135,13 @@ class ChunkStage:
         finally:
             del self.decoder.forward
 
-    # -- what the executor calls
-
-    def forward(self, microbatch: int, x: torch.Tensor | None) -> torch.Tensor | None:
-        return self._forward(microbatch, x, Pass.forward_all)
-
-    def backward_input(self, microbatch: int, grad: torch.Tensor | None) -> torch.Tensor | None:
-        live = self.start_backward(microbatch, grad)
-        live.run.backward_all()
-        return self.end_backward(live)
-
-    def backward_weight(self, microbatch: int) -> None:
-        self._deferred.pop(microbatch).flush()
-
-    def recompute(self, microbatch: int) -> None:
-        self._live[microbatch].run.rebuild()
-
-    def overlap(
-        self, microbatch: int, x: torch.Tensor | None, other: ChunkStage, other_microbatch: int, grad: torch.Tensor | None
-    ) -> OverlappedChunks:
-        return OverlappedChunks(self, microbatch, x, other, other_microbatch, grad)
-
     # -- forward
 
-    def _forward(self, microbatch: int, x: torch.Tensor | None, issue: Callable[[Pass], None]) -> torch.Tensor | None:
+    def run_forward(self, microbatch: int, x: torch.Tensor | None, issue: Callable[[Pass], None]) -> torch.Tensor | None:
         """Runs the job's forward step; inside, the decoder hands its pass to `issue`. Returns the message, complete for `high`."""
         step, report = self.step, self.reported.setdefault(microbatch, [])
-        live = Live(WeightGradStore())
-        self._current = live, issue
+        live = ChunkLive(WeightGradStore())
+        self._current = microbatch, live, issue
         iterator = None if self._batches is None else OneItem(self._batches, microbatch)
         first = schedules.check_first_val_step(step.first_val_step, step.forward_only, self._started == 0)
         self._started += 1
@@ -180,9 +158,10 @@ class ChunkStage:
         if self._last:
             live.tail = output
             return None
-        if output is live.leaf:
+        leaf = live.leaf
+        if leaf is not None and output is leaf:
             live.leaf = None
-            return output.detach()
+            return leaf.detach()
         live.tail = output
         return self._for_high(output.detach())
 
@@ -198,19 +177,20 @@ class ChunkStage:
         unknown = [name for name in ("inference_context", "inference_params", "extract_layer_indices") if given.get(name)]
         if unknown:
             raise ValueError(f"{unknown[0]}: is not supported under our schedules in training")
-        live, issue = self._current
+        microbatch, live, issue = self._current
         decoder = self.decoder
         x = hidden_states if decoder.pre_process else decoder.input_tensor
         if decoder.pre_process and x.requires_grad:
             live.head = x
         context = {"attention_mask": attention_mask, **{name: value for name, value in given.items() if value is not None}}
         values = {INPUT: x.detach(), CONTEXT: context}
-        live.run = Pass(self.chain, self._queues, values, recompute=self._recompute, scope=live.store.deferring)
+        live.run = self._pass(microbatch, values, live.store)
         issue(live.run)
-        live.leaf = live.run.result("high" if self._untouched else "compute").detach().requires_grad_()
+        leaf: torch.Tensor = live.run.result("high" if self._untouched else "compute").detach().requires_grad_()
+        live.leaf = leaf
         if decoder.final_layernorm is None:
-            return live.leaf
-        normed = decoder.final_layernorm(live.leaf)
+            return leaf
+        normed = decoder.final_layernorm(leaf)
         return make_viewless_tensor(inp=normed, requires_grad=True, keep_graph=True)
 
     @property
@@ -220,9 +200,8 @@ class ChunkStage:
 
     # -- backward
 
-    def start_backward(self, microbatch: int, grad: torch.Tensor | None) -> Live:
-        """A pass that has the gradient of its result. Its weight gradients are owed until `backward_weight`."""
-        live = self._live.pop(microbatch)
+    def start_backward(self, microbatch: int, grad: torch.Tensor | None) -> Any:
+        live: ChunkLive = self._live.pop(microbatch)
         queue: QueueName = "high"
         if live.tail is not None:
             tail, live.tail = live.tail, None
@@ -238,57 +217,10 @@ class ChunkStage:
         self._deferred[microbatch] = live.store
         return live
 
-    def end_backward(self, live: Live) -> torch.Tensor | None:
-        """What the stage before gets, once all of the backward is issued."""
+    def end_backward(self, live: ChunkLive) -> torch.Tensor | None:
         gradient = live.run.gradient(INPUT)
         if not self._first:
             return gradient
         if live.head is not None:
             torch.autograd.backward(live.head, gradient)
         return None
-
-
-class OverlappedChunks:
-    """A forward on one chunk and the backward of another micro-batch on a chunk of this rank, interleaved inside the decoders."""
-
-    def __init__(
-        self,
-        stage: ChunkStage,
-        microbatch: int,
-        x: torch.Tensor | None,
-        other: ChunkStage,
-        other_microbatch: int,
-        grad: torch.Tensor | None,
-    ) -> None:
-        self._stage, self._microbatch, self._x, self._other = stage, microbatch, x, other
-        self._back = other.start_backward(other_microbatch, grad)
-        self._steps: Iterator[str] | None = None
-        self._issued: set[str] = set()
-        self._output: torch.Tensor | None = None
-
-    def output(self) -> torch.Tensor | None:
-        """Goes on until the forward's result is there, and returns it."""
-        if self._steps is None:
-            self._output = self._stage._forward(self._microbatch, self._x, self._interleave)
-        output, self._output = self._output, None
-        return output
-
-    def input_gradient(self) -> torch.Tensor | None:
-        """Goes on until the input gradient is there, and returns it."""
-        assert self._steps is not None, "the forward of a pair comes first"
-        self._until("gradient")
-        return self._other.end_backward(self._back)
-
-    def finish(self) -> None:
-        """Does the rest. Weight gradients that are still owed then are left to `backward_weight`."""
-        self._until("end")
-
-    def _interleave(self, run: Pass) -> None:
-        halves = Half(self._stage.chain, run), Half(self._other.chain, self._back.run)
-        self._steps = overlap(*halves, self._back.store.flush)
-        self._until("output")
-
-    def _until(self, what: str) -> None:
-        assert self._steps is not None
-        while what not in self._issued:
-            self._issued.add(next(self._steps))

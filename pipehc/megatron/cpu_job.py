@@ -35,6 +35,14 @@ def install() -> None:
     _patch_optimizer()
 
 
+def allow_pretrain() -> None:
+    """Let `megatron.training`'s `pretrain` start: it asks for CUDA, and compiles a helper that the package ships compiled."""
+    from megatron.training import initialize, training
+
+    training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    initialize._compile_dependencies = lambda: None
+
+
 def _patch_device() -> None:
     """What `pretrain` asks of the one device of a process."""
     nothing = {
@@ -124,7 +132,7 @@ def _patch_streams() -> None:
     stream = _Stream()
     torch.cuda.current_stream = lambda *args, **kwargs: stream  # type: ignore[assignment]
     torch.cuda.default_stream = lambda *args, **kwargs: stream  # type: ignore[assignment]
-    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment,method-assign]
 
 

@@ -30,6 +30,7 @@ class HyperConnectionLayer(TransformerLayer):
         refuse_layer(self)
         self.attention_connection = build_connection(config.hidden_size, residual)
         self.mlp_connection = build_connection(config.hidden_size, residual)
+        self.residual = residual
         self.streams = 1 if residual.kind == "none" else residual.streams
         self.exit = residual.exit
         self.expands = ends and self.streams > 1 and self.layer_number == 1

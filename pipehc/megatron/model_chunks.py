@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import get_model_config
 from torch import nn
@@ -19,7 +20,7 @@ from torch import nn
 from pipehc.megatron.chunk import unwrap
 from pipehc.megatron.mirror import count_once, equalize, gradient_groups
 from pipehc.megatron.position import acting_at, held_stages, megatron_place
-from pipehc.megatron.refusals import refuse_model, refuse_options, refuse_placement
+from pipehc.megatron.refusals import raise_everywhere, refuse_model, refuse_options, refuse_placement
 from pipehc.megatron.source import source_of
 from pipehc.megatron.spec import Residual, hyper_connection_layer_spec, residual_settings
 from pipehc.schedules import Placement
@@ -40,37 +41,66 @@ def build_model_chunks(
         ValueError: for models and options that the schedule cannot run, naming the option and the remedy.
     """
     pipeline = parallel_state.get_pipeline_model_parallel_group()
-    placement = source_of(schedule, search).placement(pipeline.size())
-    return build_chunks(model_provider, placement, residual)
+    source = source_of(schedule, search)
+    return build_chunks(model_provider, source.placement(pipeline.size()), residual, ours=source.name != "megatron")
 
 
 def build_chunks(
-    model_provider: Callable[..., nn.Module], placement: Placement, residual: Residual | None, **provider_arguments: Any
+    model_provider: Callable[..., nn.Module],
+    placement: Placement,
+    residual: Residual | None,
+    *,
+    ours: bool = True,
+    **provider_arguments: Any,
 ) -> list[nn.Module]:
-    """`build_model_chunks` for a placement. provider_arguments: handed to the provider as far as it takes them."""
+    """`build_model_chunks` for a placement. ours: our schedules will run them, not Megatron's. provider_arguments: handed to the
+    provider as far as it takes them."""
     refuse_placement(placement, parallel_state.get_virtual_pipeline_model_parallel_world_size())
     held = held_stages(placement, parallel_state.get_pipeline_model_parallel_group().rank())
     settings = None if residual is None else residual_settings(residual)
-    chunks = []
-    for _, stage in held:
+    chunks: list[nn.Module] = []
+    problem = None
+    try:
+        chunks = _build(model_provider, placement, held, settings, ours, provider_arguments)
+    except ValueError as error:
+        problem = str(error)
+    raise_everywhere(problem)
+    if placement.lanes == 2:
+        equalize(chunks, held)
+    return chunks
+
+
+def _build(
+    model_provider: Callable[..., nn.Module],
+    placement: Placement,
+    held: Sequence[tuple[int, int]],
+    settings: Residual | None,
+    ours: bool,
+    provider_arguments: dict[str, Any],
+) -> list[nn.Module]:
+    built: dict[tuple[int, int], nn.Module] = {}
+    for lane, stage in sorted(held):
         position, vp_stage = megatron_place(placement, stage)
-        with acting_at(position) as group, _converted(settings):
+        # The second replica gets the weights of the first: it draws no numbers that the job as it was would not have drawn.
+        drawing = nullcontext() if lane == 0 else _random_state_kept()
+        with acting_at(position) as group, _converted(settings), drawing:
             collection = ProcessGroupCollection.use_mpu_process_groups()
             collection.pp = group
             ends = {"pre_process": stage == 0, "post_process": stage + 1 == placement.stages}
             chunk = _call(model_provider, **ends, vp_stage=vp_stage, pg_collection=collection, **provider_arguments)
         model = unwrap(chunk)
         refuse_model(model, placement)
-        refuse_options(get_model_config(model))
+        if (ours or settings is not None) and not model.decoder.layers:
+            raise ValueError(f"stage {stage}: has no transformer layers, every stage needs one; change the pipeline layout")
+        if ours:
+            refuse_options(get_model_config(model))
         # The decoder keeps the position that its layers are numbered by; the training loop asks the model who it is.
         model.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         chunk.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]
         if vp_stage is not None:
             chunk.vp_stage = vp_stage  # type: ignore[assignment]
-        chunks.append(chunk.cuda(torch.cuda.current_device()) if torch.cuda.is_available() else chunk)
-    if placement.lanes == 2:
-        equalize(chunks, held)
-    return chunks
+        built[lane, stage] = chunk.cuda(torch.cuda.current_device()) if torch.cuda.is_available() else chunk
+    return [built[place] for place in held]
 
 
 def wrap_model_chunks(
@@ -108,6 +138,15 @@ def _call(model_provider: Callable[..., Any], **arguments: Any) -> Any:
     if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         arguments = {name: value for name, value in arguments.items() if name in taken}
     return model_provider(**arguments)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        yield
+    tracker.set_states(states)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+
 from pipehc.schedules import Placement
 
 # option of Megatron's configuration -> (values that are fine, why not, remedy)
@@ -37,6 +39,15 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "moe_paged_stash": ((None, False), "it relies on the order of Megatron's own schedules", "set False"),
     "gtp_weight_remat_size": ((None, 1), "weights would have to be gathered for every node", "set 1"),
 }
+
+
+def raise_everywhere(problem: str | None) -> None:
+    """ValueError with the first rank's problem, on every rank, if any rank has one. Collective."""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    for rank, text in enumerate(found):
+        if text is not None:
+            raise ValueError(text if found.count(text) == len(found) else f"rank {rank}: {text}")
 
 
 def refuse_options(config: Any) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +22,17 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from pipehc.comm.groups import Edge, edge_groups
-from pipehc.comm.handshake import compare_neighbours, connect, digest
+from pipehc.comm.handshake import compare_neighbours, connect, digest, overlap_warnings
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
 from pipehc.megatron.batches import batches_of
 from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, unwrap
+from pipehc.megatron.feedback import gain_feedback
 from pipehc.megatron.mirror import mirrored_groups
 from pipehc.megatron.position import exchanged, held_stages, megatron_place
 from pipehc.megatron.refusals import refuse_call, refuse_model
 from pipehc.megatron.source import ScheduleSource, source_of
+from pipehc.megatron.tracing import Tracing
 from pipehc.megatron.versions import default_groups
 from pipehc.megatron.wgrad import install_deferral
 from pipehc.megatron.wide import streams_of, widened
@@ -34,6 +40,7 @@ from pipehc.recompute import Chain
 from pipehc.reduction import EarlyReduction
 from pipehc.schedules import Program, Schedule, compile
 from pipehc.schedules.execute import execute
+from pipehc.trace import node_watch
 
 
 def forward_backward_func(
@@ -43,6 +50,9 @@ def forward_backward_func(
     recompute_block: int | None = None,
     overlap: bool = True,
     timeout_s: float = 600.0,
+    trace_steps: tuple[int, int] | None = None,
+    trace_folder: str = "pipehc_trace",
+    nvtx: bool = False,
     **search: Any,
 ) -> Callable[..., list]:
     """A function to call, or to let Megatron's `train_step` call, as what `get_forward_backward_func()` returns.
@@ -57,6 +67,8 @@ def forward_backward_func(
         recompute_block: sub-layers of a recompute block; None: all of a chunk.
         overlap: interleave the two halves of an overlapped pair, node by node.
         timeout_s: how long a rank waits for a stage message before it fails.
+        trace_steps: record these training steps (first and last, counted from 1 in this process) into files in `trace_folder`.
+        nvtx: open a range for every action and node, for Nsight Systems and torch.profiler.
         search: for "auto": costs (`pipehc.schedules.Costs`), placement ("linear", "v" or "bidirectional"), and max_live,
             time_limit, seed as `pipehc.schedules.auto` takes them.
 
@@ -72,7 +84,10 @@ def forward_backward_func(
         raise ValueError(f"timeout_s = {timeout_s}: must be more than 0 seconds")
     if recompute_block is not None and recompute_block < 1:
         raise ValueError(f"recompute_block = {recompute_block}: must be at least 1, or None for all sub-layers of a chunk")
-    return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, timeout_s)
+    if trace_steps is not None and not 1 <= trace_steps[0] <= trace_steps[1]:
+        raise ValueError(f"trace_steps = {trace_steps}: must be (first, last) with 1 <= first <= last, or None")
+    tracing = Tracing(trace_steps, Path(trace_folder), nvtx)
+    return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, timeout_s, tracing)
 
 
 def _megatrons_own(**arguments: Any) -> list:
@@ -83,13 +98,20 @@ class ForwardBackward:
     """Runs our programs on the chunks of a Megatron job. See `forward_backward_func`."""
 
     def __init__(
-        self, source: ScheduleSource, recompute: bool, recompute_block: int | None, overlap: bool, timeout_s: float
+        self,
+        source: ScheduleSource,
+        recompute: bool,
+        recompute_block: int | None,
+        overlap: bool,
+        timeout_s: float,
+        tracing: Tracing,
     ) -> None:
-        self.source = source
+        self.source, self._tracing = source, tracing
         self._recompute, self._block, self._overlap, self._timeout = recompute, recompute_block, overlap, timeout_s
         self._chains: dict[nn.Module, Chain] = {}
         self._programs: dict[tuple[int, bool], Program] = {}
         self._groups: dict[Edge, dist.ProcessGroup] = {}
+        self._pipelines: list[list[int]] = []
         self._mailboxes: dict[tuple, Mailbox] = {}
 
     def __call__(
@@ -129,25 +151,27 @@ class ForwardBackward:
         program = self._program(pipeline.size(), num_microbatches, forward_only)
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-        groups = pg_collection or default_groups()
+        groups = copy.copy(pg_collection) or default_groups()
         step = ForwardStep(
             forward_step_func, config, num_microbatches, groups.cp.size(), collect_non_loss_data, first_val_step, forward_only
         )
         batches = batches_of(data_iterator, len(chunks), num_microbatches)
         recompute = self._recompute and not forward_only
+        mailbox = self._mailbox(program, config, seq_length, micro_batch_size, streams_of(chunks), groups)
+        observers: list[Any] = self._tracing.observers(forward_only, pipeline.rank(), self._device)
         stages = {
             (lane, stage): ChunkStage(
                 chunk, self._chains[chunk], megatron_place(placement, stage), (stage == 0, stage + 1 == placement.stages),
-                self._queues, step, own, recompute=recompute,
+                self._queues, step, own, recompute=recompute, watch=node_watch(observers, lane, stage),
             )
             for (lane, stage), chunk, own in zip(held, chunks, batches)
         }  # fmt: skip
-        mailbox = self._mailbox(program, config, seq_length, micro_batch_size, streams_of(chunks), groups)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._tracing.recording(observers, mailbox, program, self._pipelines, recompute))
             for stage in stages.values():
                 stack.enter_context(stage.intercepted())
-            observers = []
             if not forward_only:
+                stack.enter_context(gain_feedback(chunks))
                 stack.enter_context(_without_grad_sync(chunks, config))
                 _gather_parameters(chunks)
                 start = self._starter(dict(zip(held, chunks)), chunks, config, force_all_reduce)
@@ -213,16 +237,20 @@ class ForwardBackward:
 
     def _connect(self, program: Program) -> None:
         """Makes the groups of stage messages, of all pipelines and in both directions."""
-        if self._groups:
+        if self._pipelines:
             return
         own = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         everyone: list[list[int]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
-        pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
+        self._pipelines = pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
         table = program.schedule.placement.table
         there = {(a, b) for lane in table for a, b in pairwise(lane) if a != b}
         self._groups = edge_groups(pipelines, sorted(there | {(b, a) for a, b in there}))
         connect(self._groups, self._device)
+        if dist.get_rank() == 0:
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            for text in overlap_warnings(os.environ, ranks_here, os.cpu_count() or 1, self._device.type == "cuda"):
+                warnings.warn(f"pipehc: {text}", stacklevel=2)
 
     @staticmethod
     def _scattered_losses(placement: Any) -> bool:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from pipehc.schedules import FAMILIES, Costs, Placement, Schedule, ScheduleError, auto, build
 from pipehc.schedules.auto import SEARCHED
 from pipehc.schedules.families.forward import forward_only as forward_rows
+from pipehc.schedules.placement import looped
 
 SEARCH_OPTIONS = ("costs", "placement", "max_live", "time_limit", "seed")
 
@@ -39,6 +40,8 @@ def source_of(schedule: str | Schedule, search: Mapping[str, Any]) -> ScheduleSo
         raise ValueError(f"{option} = {search[option]!r}: only with schedule = 'auto'")
     if isinstance(schedule, Schedule):
         return Given(schedule)
+    if schedule == "megatron":
+        return Megatrons()
     if schedule in FAMILIES:
         return Family(schedule)
     if str(schedule).endswith(".csv"):
@@ -62,6 +65,18 @@ class Family:
     def build(self, ranks: int, microbatches: int, forward_only: bool) -> Schedule:
         chunks = None if FAMILIES[self.name].chunks is None else _virtual_stages()
         return build(self.name, ranks, microbatches, chunks=chunks, forward=forward_only)
+
+
+class Megatrons:
+    """Megatron's own schedules: 1F1B, or interleaved with virtual stages."""
+
+    name = "megatron"
+
+    def placement(self, ranks: int) -> Placement:
+        return looped(ranks, _virtual_stages() or 1)
+
+    def build(self, ranks: int, microbatches: int, forward_only: bool) -> Schedule:
+        raise AssertionError("Megatron runs its own schedule")
 
 
 class Given:
@@ -103,7 +118,7 @@ class Searched:
         if placement not in SEARCHED:
             raise ValueError(f"placement = {placement!r}: must be one of {', '.join(SEARCHED)}")
         self._costs, self._placement = costs or Costs(), placement
-        self._options = {"max_live": max_live, "time_limit": time_limit, "seed": seed}
+        self._options: dict[str, Any] = {"max_live": max_live, "time_limit": time_limit, "seed": seed}
         self._found: dict[int, Schedule] = {}
 
     def placement(self, ranks: int) -> Placement:

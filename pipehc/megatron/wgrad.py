@@ -8,14 +8,18 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from pipehc import wgrad
+from pipehc.wgrad import Accumulate, Split, linear
 
 
 def install_deferral(model: nn.Module) -> int:
     """Route the weight gradients of every column- and row-parallel linear of `model` through `pipehc.wgrad`.
 
-    That is all projections of attention, dense FFN, routed and shared experts, and the output layer. Embedding, norms, router and
-    hyper-connections keep autograd's own. Without a store the gradients come at once, by the same arithmetic.
+    That is all projections of attention, dense FFN, routed and shared experts, and the output layer, with any tensor and sequence
+    parallelism: what the layers exchange of activations and their gradients stays in forward and backward. The bias that a
+    column-parallel layer adds itself is deferred with its weight. Embedding, norms, router, hyper-connections and biases that are
+    added after a product was summed keep autograd's own. Without a store the gradients come at once, by the same arithmetic.
+
+    A weight with several uses, as of a tied embedding and output layer, gets the gradient of each use once.
 
     Args:
         model: a stage, or Megatron's DDP around one: then gradients go into `main_grad` through DDP's own hook, which also starts
@@ -25,37 +29,56 @@ def install_deferral(model: nn.Module) -> int:
         How many layers were changed.
 
     Raises:
-        ValueError: if a layer is split over several tensor-parallel ranks, which is not supported yet.
+        ValueError: for what replaces the weight gradient by another: defer_embedding_wgrad_compute, and weights in shards (GTP).
     """
     layers = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
     for layer in layers:
-        if layer.tp_group.size() != 1:
-            raise ValueError(f"parallel.tp: {layer.tp_group.size()} is not supported yet; allowed: 1")
-        layer._forward_impl = _forward_impl(layer, _accumulator(model, layer.weight))
+        if layer.config.defer_embedding_wgrad_compute:
+            raise ValueError("defer_embedding_wgrad_compute = True: must be False, weight gradients are deferred by the schedule")
+        if layer.gtp_remat_size != 1:
+            raise ValueError(f"gtp_remat size = {layer.gtp_remat_size}: must be 1, weights in shards cannot be deferred")
+    accumulators = _Accumulators(model)
+    for layer in layers:
+        layer._forward_impl = _forward_impl(layer, accumulators)
     return len(layers)
 
 
-def _forward_impl(layer: nn.Module, accumulate: Callable[[torch.Tensor], None]) -> Callable[..., torch.Tensor]:
+class _Accumulators:
+    """For a parameter: what autograd would do with a gradient of it. Adds it to `.grad`, then runs DDP's hook if there is one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        self._made: dict[nn.Parameter, Callable[[torch.Tensor], None]] = {}
+
+    def __getitem__(self, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
+        if parameter not in self._made:
+            self._made[parameter] = self._make(parameter)
+        return self._made[parameter]
+
+    def _make(self, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
+        hook = self._ddp._make_backward_post_hook(parameter) if self._ddp is not None else None
+
+        def accumulate(gradient: torch.Tensor) -> None:
+            with torch.no_grad():
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                if hook is not None:
+                    hook()
+
+        return accumulate
+
+
+def _forward_impl(layer: nn.Module, accumulators: _Accumulators) -> Callable[..., torch.Tensor]:
     upstream = type(layer)._forward_impl  # type: ignore[attr-defined]
 
     def forward(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
-        # Without an input that requires grad no backward of ours would run: a frozen layer, or no backward at all.
-        if not (torch.is_grad_enabled() and input.requires_grad and weight.requires_grad):
+        # Frozen layers owe nothing. A weight that is no parameter is a result of others, and its gradient must go on to them.
+        parameters = [p for p in (weight, bias) if p is not None]
+        deferrable = all(isinstance(p, nn.Parameter) and p.requires_grad for p in parameters)
+        if not (torch.is_grad_enabled() and deferrable):
             return upstream(layer, input=input, weight=weight, bias=bias, **kwargs)
-        y = wgrad.linear(input, weight, accumulate)
-        return y if bias is None else y + bias
+        scattered = kwargs["sequence_parallel"]
+        split = Split(kwargs["tp_group"], scattered) if scattered or kwargs["allreduce_dgrad"] else None
+        accumulate = Accumulate(*(accumulators[p] for p in parameters))  # type: ignore[index]
+        return linear(input, weight, accumulate, bias, split)
 
     return forward
-
-
-def _accumulator(model: nn.Module, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
-    """What autograd would do with the gradient of `parameter`: add it to `.grad`, then run DDP's hook if there is one."""
-    hook = model._make_backward_post_hook(parameter) if isinstance(model, DistributedDataParallel) else None
-
-    def accumulate(gradient: torch.Tensor) -> None:
-        with torch.no_grad():
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            if hook is not None:
-                hook()
-
-    return accumulate

@@ -1,6 +1,7 @@
 """Megatron's own pipeline schedules for streams: their stage messages become n times as wide."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from megatron.core import parallel_state
@@ -8,6 +9,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import nn
 
+from pipehc.megatron.feedback import gain_feedback
 from pipehc.megatron.layer import HyperConnectionLayer
 from pipehc.megatron.versions import default_groups
 
@@ -43,6 +45,7 @@ def widened(function: Callable[..., list]) -> Callable[..., list]:
             group = parallel_state.get_pipeline_model_parallel_group()
             arguments["p2p_communicator"] = WideCommunicator(group, get_model_config(model[0]), streams)
             arguments["pg_collection"] = default_groups()
-        return function(**arguments)
+        with nullcontext() if arguments.get("forward_only") else gain_feedback(model):
+            return function(**arguments)
 
     return forward_backward

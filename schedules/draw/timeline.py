@@ -25,7 +25,7 @@ class Summary(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Spans of one rank that share a line: `name` is compute, high or comm; messages that overlap are on several tracks."""
+    """Spans of one rank that share a line: `name` is compute, nodes, high or comm; what overlaps is on several tracks."""
 
     rank: int
     name: str
@@ -60,9 +60,10 @@ class Timeline:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """By rank: compute with its waits, high if anything ran there, comm if a message took time."""
-        by_rank: dict[int, dict[str, list[Span]]] = {rank: {"compute": [], "high": [], "comm": []} for rank in range(self.ranks)}
-        names = {"compute": "compute", "wait": "compute", "high": "high", "send": "comm", "recv": "comm"}
+        """By rank: compute with its waits; nodes, if recorded; high if anything ran there; comm if a message took time."""
+        lines = "compute", "nodes", "high", "comm"
+        by_rank: dict[int, dict[str, list[Span]]] = {rank: {line: [] for line in lines} for rank in range(self.ranks)}
+        names = {"compute": "compute", "wait": "compute", "node": "nodes", "high": "high", "send": "comm", "recv": "comm"}
         for span in self.spans:
             if span.end > span.start:
                 by_rank[span.rank][names[span.queue]].append(span)
@@ -113,7 +114,7 @@ def recorded(spans: Iterable[Span], title: str, unit: str = "ms") -> Timeline:
             until[rank] = max(until[rank], span.end)
         elif span.queue == "wait" and (transfer := arrivals.get((rank, *_message(span)))):
             exposed[rank] += max(0.0, min(span.end, transfer.end) - max(span.start, transfer.start))
-        if span.kind == "R" and (transfer := arrivals.get((rank, "gradient", *_message(span)[1:]))):
+        if span.kind == "R" and span.queue == "compute" and (transfer := arrivals.get((rank, "gradient", *_message(span)[1:]))):
             hidden[rank] += max(0.0, min(span.end, transfer.end) - span.start)
     summaries = tuple(Summary(b, e, end - b - e, h) for b, e, h in zip(busy, exposed, hidden))
     return Timeline(title, spans, summaries, unit)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pipehc.schedules.draw.timeline import Timeline
 from pipehc.schedules.spans import Span
 
-_THREADS = ("compute", "wait", "high", "send", "recv")
+_THREADS = ("compute", "wait", "node", "high", "send", "recv")
 
 
 def chrome_trace(timelines: Sequence[Timeline]) -> str:

@@ -1,0 +1,94 @@
+"""What a job of megatron.training asks by its arguments that cannot work with our schedules; found before its model is built."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from pipehc.megatron.refusals import refuse_options, refuse_placement
+from pipehc.megatron.source import ScheduleSource
+from pipehc.schedules import ScheduleError
+
+# argument -> (values that are fine, remedy)
+ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_megatron_fsdp": ((None, False), "use Megatron's DistributedDataParallel"),
+    "use_torch_fsdp2": ((None, False), "use Megatron's DistributedDataParallel"),
+    "init_model_with_meta_device": ((None, False), "leave out --init-model-with-meta-device"),
+    "perform_rl_step": ((None, False), "train without reinforcement learning"),
+    "vision_pretraining": ((None, False), "use a language model"),
+    "modelopt_enabled": ((None, False), "train without ModelOpt"),
+    "heterogeneous_layers_config_path": ((None,), "use equal layers"),
+    "use_layer_wise_distributed_optimizer": ((None, False), "use --use-distributed-optimizer or none"),
+    "moe_use_upcycling": ((None, False), "convert the checkpoint in a job without pipehc first"),
+}
+SCHEDULED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "overlap_param_gather_with_optimizer_step": ((None, False), "leave out --overlap-param-gather-with-optimizer-step"),
+    "rampup_batch_size": ((None,), "leave out --rampup-batch-size: a schedule is for one number of micro-batches"),
+    "step_batch_size_schedule": ((None,), "leave it out: a schedule is for one number of micro-batches"),
+    "rerun_mode": (("disabled", "validate_results"), "set --rerun-mode disabled"),
+    "moe_expert_rank_capacity_factor": ((None,), "leave it out"),
+    "sft": ((None, False), "leave out --sft: micro-batches must have one length"),
+    "dataloader_inter_document_masking": ((None, False), "leave it out: stages do not exchange where documents end"),
+}
+REPLICATED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_distributed_optimizer_instances": ((None, 1), "leave out --num-distributed-optimizer-instances"),
+}
+
+
+def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: Any) -> None:
+    """ValueError, naming argument, value and remedy, for the first thing that cannot work. The same on every rank."""
+    placement = source.placement(ranks)
+    refuse_placement(placement, args.virtual_pipeline_model_parallel_size)
+    ours = source.name != "megatron"
+    replicated = placement.lanes == 2
+    tables = [ALWAYS, *([SCHEDULED] if ours else []), *([REPLICATED] if replicated else [])]
+    for name, (fine, remedy) in (item for table in tables for item in table.items()):
+        value = getattr(args, name, None)
+        if value not in fine:
+            raise ValueError(f"{name} = {value!r}: not supported by pipehc.megatron with schedule {source.name}; {remedy}")
+    if ours:
+        refuse_options(args)
+    if replicated and not getattr(args, "untie_embeddings_and_output_weights", True):
+        raise ValueError(
+            "untie_embeddings_and_output_weights = False: embedding and output head would be tied over two replicas of every "
+            "stage; set --untie-embeddings-and-output-weights"
+        )
+    if replicated and (args.save or args.load):
+        _refuse_checkpoints(args)
+    if ours:
+        data_parallel = args.data_parallel_size
+        microbatches = args.global_batch_size // (args.micro_batch_size * data_parallel)
+        try:
+            source.build(ranks, microbatches, False)
+        except (ValueError, ScheduleError) as error:
+            raise ValueError(
+                f"global_batch_size = {args.global_batch_size}: makes {microbatches} micro-batches of {args.micro_batch_size} for "
+                f"each of {data_parallel} data-parallel ranks: {error}; change --global-batch-size"
+            ) from error
+        evaluated = getattr(args, "eval_global_batch_size", None) or args.global_batch_size
+        size = (getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size) * data_parallel
+        if (evaluated // size) % placement.lanes:
+            raise ValueError(
+                f"eval_global_batch_size = {evaluated}: makes {evaluated // size} micro-batches, of which half travel in either "
+                "direction; change --eval-global-batch-size"
+            )
+    if residual is not None and args.num_layers < placement.stages:
+        raise ValueError(f"num_layers = {args.num_layers}: fewer than the {placement.stages} stages; every stage needs a layer")
+
+
+def _refuse_checkpoints(args: Namespace) -> None:
+    """With two replicas of every stage, only formats that know replicas."""
+    if args.ckpt_format != "torch_dist":
+        raise ValueError(f"ckpt_format = {args.ckpt_format!r}: does not know replicas; set --ckpt-format torch_dist")
+    if not args.use_distributed_optimizer or args.no_save_optim:
+        return
+    if not getattr(args, "dist_ckpt_optim_fully_reshardable", False):
+        raise ValueError(
+            "dist_ckpt_optim_fully_reshardable = False: the optimizer's shards would follow the mirrored groups; "
+            "set --dist-ckpt-optim-fully-reshardable"
+        )
+    if getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False):
+        raise ValueError(
+            "distrib_optim_fully_reshardable_mem_efficient = True: lets one rank of a mirrored group write, which may hold only "
+            "the second replica of a stage; leave it out"
+        )

@@ -1,0 +1,99 @@
+"""Stage messages: few buffers, used again and again, and never under the hands of somebody who still needs them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_execute import ROWS, WIDTH, ToyStage, reference
+
+from pipehc.comm.groups import edge_groups
+from pipehc.comm.messages import Mailbox
+from pipehc.schedules import build, compile
+from pipehc.schedules.execute import execute
+from pipehc.schedules.families import FAMILIES
+from processes import run_ranks
+
+RANKS = 4
+MICROBATCHES = 8, 16, 32
+
+
+def on_this_rank(slots, position):
+    return sum(count for edge, count in slots.items() if edge[position] == dist.get_rank())
+
+
+def buffers_of_runs(rank, name):
+    """(receive buffers, tensors kept for sending) after a step of each size, through one mailbox a size."""
+    found = []
+    for microbatches in MICROBATCHES:
+        program = compile(build(name, RANKS, microbatches))
+        placement = program.schedule.placement
+        groups = edge_groups([list(range(RANKS))], program.edges())
+        mailbox = Mailbox(groups, (ROWS, WIDTH), torch.float64, timeout_s=30)
+        for _ in range(2):  # the second step takes the buffers of the first
+            stages = {key: ToyStage(key[1], placement.stages) for key in placement.held(rank)}
+            execute(program.instructions[rank], placement, stages, mailbox)
+            expected = reference(placement.stages, microbatches)
+            for (_, stage), own in stages.items():
+                if placement.lanes == 1:
+                    assert torch.allclose(own.grad, expected[stage].grad, rtol=1e-12)
+        assert mailbox.buffers == on_this_rank(program.receive_slots(), 1)
+        assert mailbox.most_sends <= on_this_rank(program.send_slots(), 0)
+        found.append((mailbox.buffers, mailbox.most_sends))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"gpipe"}))  # gpipe has all micro-batches in flight
+def test_live_buffers_do_not_grow_with_the_number_of_microbatches(name):
+    for found in run_ranks(buffers_of_runs, RANKS, name):
+        received, sent = zip(*found)
+        assert received[1] == received[2] > 0 and max(sent) <= 12
+
+
+def test_what_was_received_may_be_sent_on_while_its_buffer_is_used_again():
+    """Rank 0 sends 8 numbers round: 1 hands each of them on as it is, and posts the next receive into the same buffer."""
+
+    def go_round(rank):
+        edges = [(0, 1), (1, 2)]
+        mailbox = Mailbox(edge_groups([[0, 1, 2]], edges), (1 << 18,), torch.float32, timeout_s=30)
+        found = []
+        for k in range(8):
+            if rank == 0:
+                mailbox.send(("m", k), (0, 1), torch.full((1 << 18,), float(k)), k)
+            if rank == 1:
+                mailbox.post(("m", k), (0, 1), 0)
+                mailbox.send(("m", k), (1, 2), mailbox.wait(("m", k)), k)
+        dist.barrier()
+        for k in range(8 if rank == 2 else 0):
+            mailbox.post(("m", k), (1, 2), k)
+        for k in range(8 if rank == 2 else 0):
+            found.append(mailbox.wait(("m", k)).unique().tolist())
+        mailbox.drain()
+        return found, mailbox.buffers
+
+    found = run_ranks(go_round, 3)
+    assert found[2][0] == [[float(k)] for k in range(8)] and [buffers for _, buffers in found] == [0, 1, 8]
+
+
+def test_slots_in_use_are_refused():
+    def misuse(rank):
+        mailbox = Mailbox(edge_groups([[0, 1]], [(0, 1)]), (1,), torch.float32, timeout_s=30)
+        if rank == 0:
+            mailbox.send("a", (0, 1), torch.zeros(1))
+            with pytest.raises(AssertionError, match="no event says"):
+                mailbox.send("b", (0, 1), torch.zeros(1))
+        else:
+            mailbox.post("a", (0, 1))
+            with pytest.raises(AssertionError, match="something is posted into its slot"):
+                mailbox.post("b", (0, 1))
+            received = mailbox.wait("a").requires_grad_()
+            mailbox.post("b", (0, 1))
+            assert received.data_ptr() == mailbox._received["b"][1].tensor.data_ptr()
+            assert not mailbox._received["b"][1].tensor.requires_grad
+        dist.barrier()
+        if rank == 0:
+            mailbox.drain()
+            mailbox.send("b", (0, 1), torch.zeros(1))
+        else:
+            mailbox.wait("b")
+        mailbox.drain()
+
+    run_ranks(misuse, 2)

@@ -1,0 +1,133 @@
+"""A pretraining script on Megatron-core as its users have them, with the lines that add pipehc marked; runs on CPU too.
+
+    torchrun --nproc-per-node 4 tools/pretrain_megatron.py --schedule dualpipe --residual mhc \
+        --pipeline-model-parallel-size 4 --num-layers 8 --hidden-size 64 --num-attention-heads 4 --seq-length 64 \
+        --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 8 --train-iters 10 --lr 1e-3 --min-lr 1e-4 \
+        --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --untie-embeddings-and-output-weights \
+        --transformer-impl local --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear \
+        --eval-interval 5 --eval-iters 1 --log-interval 1 --distributed-backend gloo --use-cpu-initialization \
+        --no-masked-softmax-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion \
+        --no-bias-swiglu-fusion --no-bias-dropout-fusion
+
+Without --schedule and --residual it is the job as it was.
+"""
+
+from functools import partial
+
+import torch
+
+if not torch.cuda.is_available():
+    from pipehc.megatron import cpu_job  # only to try it without a GPU
+
+    cpu_job.install()
+    cpu_job.allow_pretrain()
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+import pipehc.megatron  # + pipehc
+
+
+def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    return GPTModel(
+        config,
+        get_gpt_decoder_block_spec(
+            config, args.transformer_impl == "transformer_engine", normalization=args.normalization, vp_stage=vp_stage
+        ),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
+
+
+def loss_func(loss_mask, output):
+    loss_mask = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * loss_mask)
+    tokens = loss_mask.sum().clone().detach().to(torch.int)
+    return loss, tokens, {"lm loss": torch.cat([loss.clone().detach().view(1), tokens.view(1)])}
+
+
+def forward_step(data_iterator, model):
+    tokens = labels = loss_mask = attention_mask = position_ids = None
+    if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
+        batch = next(data_iterator) if mpu.get_tensor_model_parallel_rank() == 0 else None
+        names = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+        tokens, labels, loss_mask, attention_mask, position_ids = (broadcast(batch, name) for name in names)
+    else:
+        attention_mask = torch.ones(1, 1, get_args().seq_length, get_args().seq_length).tril() < 0.5
+    output = model(tokens, position_ids, attention_mask, labels=labels)
+    return output, partial(loss_func, loss_mask)
+
+
+def broadcast(batch, name):
+    """One tensor of a batch from the first tensor-parallel rank to all."""
+    args = get_args()
+    s = args.seq_length
+    shape = (args.micro_batch_size, 1, s, s) if name == "attention_mask" else (args.micro_batch_size, s)
+    dtype = {"loss_mask": torch.float32, "attention_mask": torch.bool}.get(name, torch.int64)
+    value = torch.empty(shape, dtype=dtype) if batch is None else batch[name].to(dtype).contiguous()
+    value = value.cuda(non_blocking=True)
+    torch.distributed.broadcast(value, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
+    return value
+
+
+def train_valid_test_datasets_provider(samples, vp_stage=None):
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=True,
+    )
+
+    def here():
+        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, samples, here, config).build()
+
+
+def add_pipehc_arguments(parser):  # + pipehc
+    parser.add_argument("--schedule", default="megatron")  # + pipehc
+    parser.add_argument("--residual", default=None)  # + pipehc
+    parser.add_argument("--from-config", action="store_true", help="let Megatron's GPTModelConfig build the model")
+    return parser  # + pipehc
+
+
+if __name__ == "__main__":
+    train_valid_test_datasets_provider.is_distributed = True
+    args = parse_and_validate_args(extra_args_provider=add_pipehc_arguments)
+    if args.residual or args.schedule != "megatron":  # + pipehc
+        pipehc.megatron.enable(schedule=args.schedule, residual=args.residual)  # + pipehc
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args) if args.from_config else None),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        model_provider=None if args.from_config else model_provider,
+    )
