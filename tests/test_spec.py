@@ -450,7 +450,7 @@ def test_sharded_state_is_complete_and_has_global_keys(kind, stacked):
     assert len(connections) == (per_layer if stacked else 4 * per_layer)
 
 
-@pytest.mark.parametrize("kind,stacked", [("mhc", False), ("hybrid", False), ("harmonized", True)])
+@pytest.mark.parametrize("kind,stacked", [("hybrid", False), ("harmonized", True)])
 def test_what_two_stages_save_one_process_loads(kind, stacked, tmp_path):
     options = LIKE if stacked else {}
     arguments = {"schedule": None, "layers": 4, "residual": kind, "options": options}
