@@ -54,5 +54,11 @@ def default_groups() -> Any:
     return groups
 
 
+def weight_shards(linear: Any) -> int:
+    """Into how many shards a linear layer's weight is cut beside tensor parallelism (GTP, since 0.19)."""
+    shards: int = getattr(linear, "gtp_remat_size", 1)
+    return shards
+
+
 def _allowed() -> str:
     return "one of " + ", ".join(f"{major}.{minor}" for major, minor in ALLOWED)

@@ -8,6 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
+from pipehc.megatron.versions import weight_shards
 from pipehc.wgrad import Accumulate, Split, linear
 
 
@@ -35,8 +36,8 @@ def install_deferral(model: nn.Module) -> int:
     for layer in layers:
         if layer.config.defer_embedding_wgrad_compute:
             raise ValueError("defer_embedding_wgrad_compute = True: must be False, weight gradients are deferred by the schedule")
-        if layer.gtp_remat_size != 1:
-            raise ValueError(f"gtp_remat size = {layer.gtp_remat_size}: must be 1, weights in shards cannot be deferred")
+        if weight_shards(layer) != 1:
+            raise ValueError(f"gtp_remat size = {weight_shards(layer)}: must be 1, weights in shards cannot be deferred")
     accumulators = _Accumulators(model)
     for layer in layers:
         layer._forward_impl = _forward_impl(layer, accumulators)
