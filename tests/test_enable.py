@@ -80,17 +80,29 @@ def test_the_job_under_dualpipe(plain):
         (2, PP2 + "--schedule auto"),
         (2, PP2 + "--schedule dualpipe --from-config"),
         (4, PP2 + "--schedule dualpipe " + SHARDED),
-        (4, PP2 + "--schedule dualpipe --tensor-model-parallel-size 2 --sequence-parallel"),
     ],
     ids=str,
 )
 def test_the_job_in_other_layouts(plain, processes, arguments):
-    found = losses(processes, arguments)
-    if "tensor" in arguments:  # initialised with other numbers
-        expected = losses(processes, arguments.replace("--schedule dualpipe", ""))
-    else:
-        expected = plain
-    assert_same(found, expected)
+    assert_same(losses(processes, arguments), plain)
+
+
+EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2 --moe-router-topk 2 "
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--pipeline-model-parallel-size 4 ",
+        PP2 + "--tensor-model-parallel-size 2 --sequence-parallel ",
+        PP2 + EXPERTS + "--moe-aux-loss-coeff 1e-2 ",
+        PP2 + EXPERTS + SHARDED + "--calculate-per-token-loss ",
+    ],
+)
+def test_other_jobs_under_dualpipe(arguments):
+    """Layouts that draw their weights from other numbers, each against itself under Megatron's own schedule."""
+    assert_same(losses(4, arguments + "--schedule dualpipe"), losses(4, arguments))
 
 
 @pytest.mark.slow

@@ -72,6 +72,11 @@ SLOW = [
     (4, {"schedule": build("dualpipe", 4, 8), "pp": 4, "run": {"recompute_block": 1}}),
     (2, {"schedule": "1f1b", "pp": 2, "options": {"num_layers_in_first_pipeline_stage": 3}}),
     (2, {"schedule": "dualpipe", "pp": 2, "options": {"num_layers_in_first_pipeline_stage": 3}}),
+    *(
+        (2, {"schedule": "dualpipe", "pp": 2, "options": {"recompute_granularity": "selective", "recompute_modules": [part]}})
+        for part in ("core_attn", "mla_up_proj", "moe", "shared_experts")
+    ),
+    (2, {"schedule": "dualpipe", "pp": 2, "options": {"moe_token_dispatcher_type": "allgather"}}),
 ]
 
 
@@ -80,6 +85,12 @@ SLOW = [
 )
 def test_equals_megatrons_own_schedule(reference, processes, arguments):
     check(reference(None), processes, **arguments)
+
+
+@pytest.mark.slow
+def test_tied_embeddings_over_one_lane():
+    arguments = {"pp": 2, "model_options": {"share_embeddings_and_output_weights": True}}
+    check(run_ranks(train, 2, arguments, timeout=240)[0], 2, schedule="1f1b", **arguments)
 
 
 FAMILY = [

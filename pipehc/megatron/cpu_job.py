@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def _patch_device() -> None:
     }  # fmt: skip
     for name, value in nothing.items():
         setattr(torch.cuda, name, lambda *args, _value=value, **kwargs: _value)
+    properties = SimpleNamespace(major=0, minor=0, multi_processor_count=1, total_memory=1, name="CPU")
+    torch.cuda.get_device_properties = lambda *args, **kwargs: properties  # type: ignore[assignment]
     torch.cuda.memory_stats = lambda *args, **kwargs: {}  # type: ignore[assignment]
     torch.cuda.nvtx.range_push = lambda *args, **kwargs: None  # type: ignore[assignment]
     torch.cuda.nvtx.range_pop = lambda *args, **kwargs: None  # type: ignore[assignment]

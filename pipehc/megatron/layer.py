@@ -80,7 +80,7 @@ def refuse_layer(layer: TransformerLayer) -> None:
             layer.recompute_input_layernorm or layer.recompute_pre_mlp_layernorm,
             "drop it; pipehc's own recomputation covers norms",
         ),
-        "recompute_modules contains 'mlp'": (layer.recompute_mlp, "drop it, or recompute 'core_attn' or 'moe_act'"),
+        "recompute_modules contains 'mlp'": (layer.recompute_mlp, "drop it, or recompute 'core_attn'"),
         "a cross attention": (not isinstance(layer.cross_attention, IdentityOp), "use a decoder-only model"),
         f"cuda_graph_impl = {getattr(config, 'cuda_graph_impl', 'none')!r}": (
             getattr(config, "cuda_graph_impl", "none") not in (None, "none"),

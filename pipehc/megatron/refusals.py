@@ -19,7 +19,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "recompute_granularity": (
         (None, "selective"),
         "it runs whole layers again, while ours recomputes hyper-connections alone",
-        "set None or 'selective' with recompute_modules ['core_attn'] or ['moe_act']",
+        "set None or 'selective' with recompute_modules ['core_attn']",
     ),
     "overlap_moe_expert_parallel_comm": ((None, False), "our pairs overlap the all-to-alls themselves", "set False"),
     "delay_wgrad_compute": ((None, False), "our schedules defer weight gradients themselves", "set False"),

@@ -30,7 +30,7 @@ from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, unwrap
 from pipehc.megatron.feedback import gain_feedback
 from pipehc.megatron.mirror import mirrored_groups
 from pipehc.megatron.position import exchanged, held_stages, megatron_place
-from pipehc.megatron.refusals import refuse_call, refuse_model
+from pipehc.megatron.refusals import raise_everywhere, refuse_call, refuse_model
 from pipehc.megatron.source import ScheduleSource, source_of
 from pipehc.megatron.tracing import Tracing
 from pipehc.megatron.versions import default_groups
@@ -38,7 +38,7 @@ from pipehc.megatron.wgrad import install_deferral
 from pipehc.megatron.wide import streams_of, widened
 from pipehc.recompute import Chain
 from pipehc.reduction import EarlyReduction
-from pipehc.schedules import Program, Schedule, compile
+from pipehc.schedules import Placement, Program, Schedule, compile
 from pipehc.schedules.execute import execute
 from pipehc.trace import node_watch
 
@@ -181,34 +181,54 @@ class ForwardBackward:
             execute(instructions, placement, stages, mailbox, observers, self._overlap, self._queues)
         for own in {id(b): b for b in batches if b is not None}.values():
             own.finish()
-        reports = {m: data for stage in stages.values() for m, report in stage.reported.items() for data in report}
         if config.finalize_model_grads_func is not None and not forward_only:
-            tokens = None
-            if config.calculate_per_token_loss:
-                tokens = torch.as_tensor(sum(stage.tokens for stage in stages.values()), dtype=torch.int, device=self._device)
-                if self._scattered_losses(placement):
-                    dist.all_reduce(tokens, group=pipeline)  # afterwards Megatron takes the last rank's
-            replicas = {}
-            if placement.lanes == 2:
-                replicas = {groups.tp_dp_cp: mirrored_groups(pipeline)[groups.tp_dp_cp]}
-                groups.tp_dp_cp = replicas[groups.tp_dp_cp]
-            with exchanged(replicas):  # 0.17 asks its parallel state for the group that sums the token counts of experts
-                config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
-        if self._scattered_losses(placement):
+            self._finalize(chunks, config, list(stages.values()), placement, groups, force_all_reduce)
+        reports = {m: data for stage in stages.values() for m, report in stage.reported.items() for data in report}
+        if _scattered_losses(placement):
             reports = _gathered(reports, pipeline, self._device)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return [reports[m] for m in sorted(reports)] if pipeline.rank() + 1 == pipeline.size() else []
 
+    def _finalize(
+        self,
+        chunks: Sequence[Any],
+        config: Any,
+        stages: Sequence[ChunkStage],
+        placement: Placement,
+        groups: Any,
+        force_all_reduce: bool | None,
+    ) -> None:
+        """Lets the job end its gradients: reductions, sequence-parallel sums, division by tokens, biases of experts."""
+        tokens = None
+        if config.calculate_per_token_loss:
+            tokens = torch.as_tensor(sum(stage.tokens for stage in stages), dtype=torch.int, device=self._device)
+            if _scattered_losses(placement):
+                dist.all_reduce(tokens, group=groups.pp)  # afterwards Megatron takes the last rank's
+        replicas = {}
+        if placement.lanes == 2:
+            replicas = {groups.tp_dp_cp: mirrored_groups(groups.pp)[groups.tp_dp_cp]}
+            groups.tp_dp_cp = replicas[groups.tp_dp_cp]
+        with exchanged(replicas):  # 0.17 asks its parallel state for the group that sums the token counts of experts
+            config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+
     # -- made once
 
     def _prepare(self, chunks: Sequence[Any]) -> None:
-        for chunk in chunks:
-            if chunk not in self._chains:
+        """Takes chunks apart that were not seen before. Collective then."""
+        new = [chunk for chunk in chunks if chunk not in self._chains]
+        if not new:
+            return
+        problem = None
+        try:
+            for chunk in new:
                 refuse_model(unwrap(chunk), self.source.placement(parallel_state.get_pipeline_model_parallel_world_size()))
                 self._chains[chunk] = decoder_chain(unwrap(chunk).decoder, self._block)
                 self._device = next(chunk.parameters()).device
                 install_deferral(chunk)
+        except ValueError as error:
+            problem = str(error)
+        raise_everywhere(problem)
 
     @cached_property
     def _queues(self) -> Any:
@@ -252,11 +272,6 @@ class ForwardBackward:
             for text in overlap_warnings(os.environ, ranks_here, os.cpu_count() or 1, self._device.type == "cuda"):
                 warnings.warn(f"pipehc: {text}", stacklevel=2)
 
-    @staticmethod
-    def _scattered_losses(placement: Any) -> bool:
-        """Whether losses are computed elsewhere than on the last pipeline rank, where Megatron looks for them."""
-        return {lane[-1] for lane in placement.table} != {placement.ranks - 1}
-
     def _starter(
         self, by_place: dict[tuple[int, int], Any], chunks: Sequence[Any], config: Any, force_all_reduce: bool | None
     ) -> Callable[[tuple[int, int]], None] | None:
@@ -280,6 +295,11 @@ class ForwardBackward:
                 chunk.start_grad_sync()
 
         return start
+
+
+def _scattered_losses(placement: Placement) -> bool:
+    """Whether losses are computed elsewhere than on the last pipeline rank, where Megatron looks for them."""
+    return {lane[-1] for lane in placement.table} != {placement.ranks - 1}
 
 
 @contextlib.contextmanager
