@@ -172,6 +172,7 @@ class RunConfig(Section):
 class RuntimeConfig(Section):
     timeout_s: Positive = 120.0
     overlap: bool = True
+    bucket_size: Size = 40_000_000  # gradients that are summed over the replicas together
 
 
 class TraceConfig(Section):

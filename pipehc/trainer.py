@@ -195,7 +195,7 @@ class Trainer:
         instructions, overlap = program.instructions[self.groups.pp_rank], self.config.runtime.overlap
         observers = list(self.observers)
         if not schedule.forward_only:
-            observers.append(EarlyReduction(program, self.groups.pp_rank, self._start_reduction))
+            observers.append(EarlyReduction(program, self.groups.pp_rank, self._start_reduction, self._expect_last))
         execute(instructions, schedule.placement, stages, self.mailbox, observers, overlap, self._queues)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
@@ -206,12 +206,20 @@ class Trainer:
             self._stop_everywhere(None if finite else f"the loss of step {step} is {float(total)}; no weight was changed")
         return float(everywhere[0]) / tokens_in_all
 
+    def _expect_last(self, held: tuple[int, int]) -> None:
+        self._join_queues()
+        self.optimizer.expect_last(self.models[held])
+
     def _start_reduction(self, held: tuple[int, int]) -> None:
+        self._join_queues()
+        self.optimizer.start_reduction(self.models[held])
+
+    def _join_queues(self) -> None:
+        """Gradients of hyper-connections come from other queues."""
         compute = self._queues["compute"]
-        for queue in self._queues.values():  # gradients of hyper-connections come from other queues
+        for queue in self._queues.values():
             if queue is not compute:
                 compute.wait(queue.event())
-        self.optimizer.start_reduction(self.models[held])
 
     def _stop_everywhere(self, problem: str | None) -> None:
         """Raises the first rank's problem as TrainingError on every rank, if any rank has one. Collective."""
