@@ -15,7 +15,7 @@ from pipehc.comm.groups import edge_groups
 from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
-from pipehc.config import Config
+from pipehc.config import Config, ConfigError
 from pipehc.data import Sampler, Split, batch
 from pipehc.gain import CompositeGain, GainFeedback
 from pipehc.learning_rate import learning_rate
@@ -242,7 +242,7 @@ def _same_everywhere(config: Config, ranks: int, microbatches: int) -> Schedule:
             found = [str(error)]
     dist.broadcast_object_list(found)
     if isinstance(found[0], str):
-        raise TrainingError(f"search: {found[0]}")
+        raise ConfigError(f"search: {found[0]}")
     schedule: Schedule = found[0]
     return schedule
 

@@ -133,6 +133,9 @@ def test_the_trainer_records_the_steps_asked_for_of_every_pipeline(tmp_path):
         assert {span.rank for span in recording.spans} == {0, 1}
         done = sorted((s.stage, s.kind, s.microbatch) for s in recording.spans if s.queue == "compute" and s.kind in "FW")
         assert [x for x in done if x[1] == "F"] == [(stage, "F", m) for stage in (0, 1) for m in range(4)]
+        nodes = {(s.kind, s.microbatch, s.what.split()[1]) for s in recording.spans if s.queue in ("node", "high")}
+        names = [f"{block}.{node}" for block in range(4) for node in ("attention", "mlp", "mlp_post")]
+        assert {node for node in nodes if node[0] != "R"} == {(kind, m, name) for kind in "FB" for m in range(4) for name in names}
 
 
 def test_markers_name_every_instruction_for_profilers():
