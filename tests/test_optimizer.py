@@ -292,7 +292,7 @@ def test_buckets_are_summed_as_the_last_weight_gradients_land():
 
             return log_and_start
 
-        for number, buckets in enumerate(optimizer._buckets):
+        for number, buckets in enumerate(map(optimizer._reduction.buckets, optimizer._chunks)):
             for k, bucket in enumerate(buckets):
                 bucket.group.start_grad_sync = logged((number, k), bucket.group, bucket.group.start_grad_sync)
         optimizer.zero_grad()
@@ -302,7 +302,7 @@ def test_buckets_are_summed_as_the_last_weight_gradients_land():
                 loss = local_loss(config, stage, model, rank)
             loss.backward()
         early = []
-        for (stage, model), buckets in zip(models.items(), optimizer._buckets):
+        for (stage, model), buckets in zip(models.items(), map(optimizer._reduction.buckets, optimizer._chunks)):
             if rank == 0 or stage == 0:  # rank 1 starts stage 1 as a whole, in the same order
                 optimizer.expect_last(model)
             before = len(order)
@@ -310,7 +310,7 @@ def test_buckets_are_summed_as_the_last_weight_gradients_land():
             early.append((len(order) - before, len(buckets)))
             optimizer.start_reduction(model)
         optimizer.reduce_gradients()
-        assert order == [(n, k) for n, buckets in enumerate(optimizer._buckets) for k in range(len(buckets))]
+        assert order == [(n, k) for n, buckets in enumerate(map(optimizer._reduction.buckets, optimizer._chunks)) for k in range(len(buckets))]
         return {name: g.numpy() for name, g in optimizer.gradients().items()}, early
 
     small, large = run_ranks(run, 2, 2000), run_ranks(run, 2, 40_000_000)

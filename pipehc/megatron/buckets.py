@@ -27,6 +27,38 @@ def bucket_order(chunk: DistributedDataParallel) -> list[Bucket]:
     return sorted(buckets, key=lambda bucket: -min(place[parameter] for parameter in bucket.deferred or bucket.group.params))
 
 
+class BucketReduction:
+    """Starts to sum the gradients of stages over their replicas. All replicas must begin, and start, their stages in one order."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[DistributedDataParallel, list[Bucket]] = {}
+        self._landing: Landing | None = None
+
+    def buckets(self, chunk: DistributedDataParallel) -> list[Bucket]:
+        """In the order in which they are summed."""
+        if chunk not in self._buckets:
+            self._buckets[chunk] = bucket_order(chunk)
+        return self._buckets[chunk]
+
+    def expect_last(self, chunk: DistributedDataParallel) -> None:
+        """From now on only the last W of a stage computes gradients of it: each bucket is summed as soon as it has all of them."""
+        self._landing = Landing(self.buckets(chunk))
+
+    def start(self, chunk: DistributedDataParallel) -> None:
+        """Start to sum what is left of a stage's gradients; call after its last weight gradient. Asynchronous."""
+        landing, self._landing = self._landing, None
+        (landing or Landing(self.buckets(chunk))).start_all()
+
+    def landed(self, parameter: nn.Parameter) -> None:
+        """Called for every deferred weight gradient (see `install_deferral`)."""
+        if self._landing is not None:
+            self._landing.landed(parameter)
+
+    def forget(self) -> None:
+        """What an interrupted step left."""
+        self._landing = None
+
+
 class Landing:
     """The last W of a stage on its way. All gradients that it does not compute must be there; each of its own comes once."""
 

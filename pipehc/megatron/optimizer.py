@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import nn
 
 from pipehc.flat_slices import FlatSlice
-from pipehc.megatron.buckets import Landing, bucket_order
+from pipehc.megatron.buckets import BucketReduction
 from pipehc.megatron.groups import Groups
 from pipehc.megatron.model import DTYPES, StageModel, buffer_names, parameter_names
 from pipehc.megatron.wgrad import install_deferral
@@ -35,10 +35,9 @@ class Optimizer:
         self._settings, self._groups = config.optimizer, groups
         self._bias_update_rate = config.model.bias_update_rate
         self._chunks = [_wrap(model, groups, config.runtime.bucket_size) for model in models]
-        self._buckets = [bucket_order(chunk) for chunk in self._chunks]
-        self._landing: Landing | None = None
+        self._reduction = BucketReduction()
         for chunk in self._chunks:
-            install_deferral(chunk, self._landed)
+            install_deferral(chunk, self._reduction.landed)
         self._megatron = _distributed_optimizer(config, groups, self._chunks)
         self._parts: list[DistributedOptimizer] = self._megatron.chained_optimizers  # dense and, with ep > 1, experts
         self._reducing: set[StageModel] = set()
@@ -56,24 +55,19 @@ class Optimizer:
                 group.is_last_microbatch = False  # reductions start when we say so, not by counting gradients
         self._megatron.zero_grad()
         self._reducing.clear()
-        self._landing = None
+        self._reduction.forget()
 
     def expect_last(self, model: StageModel) -> None:
         """From now on only the last W of a stage computes gradients of it: each bucket is summed as soon as it has all of them.
 
         All replicas must begin, and start, the reduction of their stages in the same order.
         """
-        self._landing = Landing(self._buckets[self.models.index(model)])
+        self._reduction.expect_last(self._chunks[self.models.index(model)])
 
     def start_reduction(self, model: StageModel) -> None:
         """Start to sum what is left of a stage's gradients over its replicas; call after its last weight gradient. Asynchronous."""
-        landing, self._landing = self._landing, None
-        (landing or Landing(self._buckets[self.models.index(model)])).start_all()
+        self._reduction.start(self._chunks[self.models.index(model)])
         self._reducing.add(model)
-
-    def _landed(self, parameter: nn.Parameter) -> None:
-        if self._landing is not None:
-            self._landing.landed(parameter)
 
     def reduce_gradients(self) -> None:
         """Sum the gradients over the replicas, of stages not yet started in their order; call after the last backward of a step."""

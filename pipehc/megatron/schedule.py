@@ -26,6 +26,7 @@ from pipehc.comm.handshake import compare_neighbours, connect, digest, overlap_w
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
 from pipehc.megatron.batches import batches_of
+from pipehc.megatron.buckets import BucketReduction
 from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, unwrap
 from pipehc.megatron.feedback import gain_feedback
 from pipehc.megatron.mirror import mirrored_groups
@@ -109,6 +110,7 @@ class ForwardBackward:
         self.source, self._tracing = source, tracing
         self._recompute, self._block, self._overlap, self._timeout = recompute, recompute_block, overlap, timeout_s
         self._chains: dict[nn.Module, Chain] = {}
+        self._reduction = BucketReduction()
         self._programs: dict[tuple[int, bool], Program] = {}
         self._groups: dict[Edge, dist.ProcessGroup] = {}
         self._pipelines: list[list[int]] = []
@@ -174,9 +176,8 @@ class ForwardBackward:
                 stack.enter_context(gain_feedback(chunks))
                 stack.enter_context(_without_grad_sync(chunks, config))
                 _gather_parameters(chunks)
-                start = self._starter(dict(zip(held, chunks)), chunks, config, force_all_reduce)
-                if start is not None:
-                    observers.append(EarlyReduction(program, pipeline.rank(), start))
+                if not force_all_reduce and all(map(_reduces_early, chunks)):
+                    observers.append(self._early_reduction(program, pipeline.rank(), dict(zip(held, chunks)), config))
             instructions = program.instructions[pipeline.rank()]
             execute(instructions, placement, stages, mailbox, observers, self._overlap, self._queues)
         for own in {id(b): b for b in batches if b is not None}.values():
@@ -225,7 +226,7 @@ class ForwardBackward:
                 refuse_model(unwrap(chunk), self.source.placement(parallel_state.get_pipeline_model_parallel_world_size()))
                 self._chains[chunk] = decoder_chain(unwrap(chunk).decoder, self._block)
                 self._device = next(chunk.parameters()).device
-                install_deferral(chunk)
+                install_deferral(chunk, self._reduction.landed)
         except ValueError as error:
             problem = str(error)
         raise_everywhere(problem)
@@ -272,29 +273,36 @@ class ForwardBackward:
             for text in overlap_warnings(os.environ, ranks_here, os.cpu_count() or 1, self._device.type == "cuda"):
                 warnings.warn(f"pipehc: {text}", stacklevel=2)
 
-    def _starter(
-        self, by_place: dict[tuple[int, int], Any], chunks: Sequence[Any], config: Any, force_all_reduce: bool | None
-    ) -> Callable[[tuple[int, int]], None] | None:
-        """What starts the reduction of a chunk whose last weight gradient is there; None if the job reduces at the end."""
+    def _early_reduction(self, program: Program, rank: int, chunks: dict[tuple[int, int], Any], config: Any) -> EarlyReduction:
+        """Sums the gradients of a chunk when its last weight gradient is there: bucket by bucket, or by the job's own function."""
         functions = config.grad_sync_func
         if functions is not None and not isinstance(functions, list):
             functions = [functions] * len(chunks)
-        overlapped = all(isinstance(c, DistributedDataParallel) and c.ddp_config.overlap_grad_reduce for c in chunks)
-        if not overlapped or force_all_reduce:
-            return None
 
-        def start(held: tuple[int, int]) -> None:
+        def join() -> None:
             compute = self._queues["compute"]
             for queue in self._queues.values():  # gradients of hyper-connections come from other queues
                 if queue is not compute:
                     compute.wait(queue.event())
-            chunk = by_place[held]
-            if functions is not None:
-                functions[chunks.index(chunk)](chunk.parameters())
-            else:
-                chunk.start_grad_sync()
 
-        return start
+        def start(held: tuple[int, int]) -> None:
+            join()
+            if functions is None:
+                self._reduction.start(chunks[held])
+            else:
+                functions[list(chunks).index(held)](chunks[held].parameters())
+
+        def expect(held: tuple[int, int]) -> None:
+            if functions is None:
+                join()
+                self._reduction.expect_last(chunks[held])
+
+        self._reduction.forget()
+        return EarlyReduction(program, rank, start, expect)
+
+
+def _reduces_early(chunk: nn.Module) -> bool:
+    return isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_grad_reduce
 
 
 def _scattered_losses(placement: Placement) -> bool:
