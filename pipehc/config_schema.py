@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from pipehc.stages import assign_blocks
+from pipehc.schedules.placement import Placement
+from pipehc.stages import assign_blocks, placement_of
 
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Size = Annotated[int, Field(gt=0, le=10**12)]
@@ -100,8 +101,23 @@ class ParallelConfig(Section):
     blocks_per_stage: Annotated[tuple[Size, ...], AsTuple] | None = None
 
 
+class SearchConfig(Section):
+    """What schedule.name auto searches for: times of 1/pp of the model for one micro-batch, in any unit (see schedules.Costs)."""
+
+    placement: Literal["linear", "v", "bidirectional"] = "v"
+    f: Positive = 1.0
+    b: Positive = 1.0
+    w: Positive = 1.0
+    r: Annotated[float, Field(ge=0)] = 0.0
+    link: Annotated[float, Field(ge=0)] = 0.0
+    latency: Annotated[float, Field(ge=0)] = 0.0
+    max_live: Positive | None = None
+    time_limit: Positive = 10.0
+
+
 class ScheduleConfig(Section):
-    name: Literal["1f1b", "dualpipe", "dualpipev"] = "1f1b"
+    name: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv", "dualpipe", "dualpipev", "auto"] = "1f1b"
+    chunks: Size | None = None  # stages a rank, of interleaved
 
 
 class RecomputeConfig(Section):
@@ -156,6 +172,7 @@ class RunConfig(Section):
 class RuntimeConfig(Section):
     timeout_s: Positive = 120.0
     overlap: bool = True
+    bucket_size: Size = 40_000_000  # gradients that are summed over the replicas together
 
 
 class TraceConfig(Section):
@@ -168,6 +185,7 @@ class Config(Section):
     residual: ResidualConfig
     parallel: ParallelConfig = ParallelConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    search: SearchConfig = SearchConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig
@@ -179,14 +197,19 @@ class Config(Section):
     trace: TraceConfig = TraceConfig()
 
     @property
+    def placement(self) -> Placement:
+        """Which pipeline rank holds which stage."""
+        return placement_of(self, self.parallel.pp)
+
+    @property
     def lanes(self) -> int:
         """Directions in which micro-batches enter the pipeline."""
-        return 2 if self.schedule.name == "dualpipe" else 1
+        return placement_of(self, 1).lanes
 
     @property
     def stages(self) -> int:
         """Stages that the model is cut into; under dualpipe each of them exists twice."""
-        return self.parallel.pp * (2 if self.schedule.name == "dualpipev" else 1)
+        return self.parallel.pp * placement_of(self, 1).stages
 
     @property
     def smallest_dp(self) -> int:
@@ -246,8 +269,10 @@ def _layout_problems(config: Config) -> Iterator[str]:
     parallel, schedule, stages, blocks = config.parallel, config.schedule.name, config.stages, config.model.blocks
     if parallel.tp > 1:
         yield f"parallel.tp: {parallel.tp}: only 1 is supported by the trainer so far"
-    if schedule == "dualpipe" and parallel.pp % 2:
-        yield f"parallel.pp: {parallel.pp}: must be even, at least 2, with schedule.name dualpipe (or use 1f1b or dualpipev)"
+    if config.lanes == 2 and parallel.pp % 2:
+        yield f"parallel.pp: {parallel.pp}: must be even, at least 2, with schedule.name {schedule} (or use 1f1b or dualpipev)"
+    if config.schedule.chunks is not None and schedule != "interleaved":
+        yield f"schedule.chunks: {config.schedule.chunks}: only interleaved takes it, but schedule.name is {schedule}"
     if stages > blocks:
         yield (
             f"parallel.pp: {parallel.pp}: makes {stages} stages with schedule.name {schedule}; "
@@ -283,7 +308,7 @@ def data_parallel_problems(config: Config, dp: int) -> Iterator[str]:
     if train.global_batch % sequences:
         yield f"train.global_batch: {train.global_batch}: must be a multiple of {of} = {sequences}"
     else:
-        least = 1 if schedule == "1f1b" else 2 * parallel.pp
+        least = 2 * parallel.pp if schedule.startswith("dualpipe") else config.lanes
         count = train.global_batch // sequences
         if count < least or count % config.lanes:
             yield (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipehc.config_schema import Config, ModelConfig
-from pipehc.stages import PLACEMENTS
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,6 @@ def vocabulary(config: Config) -> int:
 
 def ranks(config: Config) -> list[int]:
     """What each pipeline rank holds: all its stages (under dualpipe one of each direction), its share of the routed experts."""
-    placement = PLACEMENTS[config.schedule.name](config.parallel.pp)
+    placement = config.placement
     of_stage = [stage.on_rank(config.parallel.ep) for stage in stages(config)]
     return [sum(of_stage[stage] for _, stage in placement.held(rank)) for rank in range(config.parallel.pp)]

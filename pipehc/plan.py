@@ -18,7 +18,6 @@ from pipehc import parameters
 from pipehc.activations import planned
 from pipehc.config import Config, add_config_arguments, check_world_size, run_with_config
 from pipehc.plan_notes import human, live_microbatches, mebibytes, notes
-from pipehc.stages import PLACEMENTS
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def plan(config: Config) -> dict[str, Any]:
     parallel, train = config.parallel, config.train
     world_size = parallel.pp * parallel.tp * (parallel.dp or config.smallest_dp)
     dp = check_world_size(config, world_size)
-    placement = PLACEMENTS[config.schedule.name](parallel.pp)
+    placement = config.placement
     held = [[stage for _, stage in placement.held(rank)] for rank in range(parallel.pp)]
     saved = planned(config)
     per_stage = [

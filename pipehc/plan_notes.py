@@ -5,8 +5,12 @@ Figures: DeepSeek-V3's comparison of schedules (spec section 5).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from pipehc import parameters
 from pipehc.config import Config
+from pipehc.schedules import Costs, Schedule, check, simulate
+from pipehc.stages import build_schedule
 
 
 def human(number: float) -> str:
@@ -26,12 +30,29 @@ def live_microbatches(config: Config, dp: int) -> list[int]:
     ranks, microbatches = config.parallel.pp, config.microbatches(dp)
     if config.schedule.name == "1f1b":
         return [min(ranks - rank, microbatches) for rank in range(ranks)]
-    return [config.stages + 1] * ranks
+    if config.schedule.name.startswith("dualpipe"):
+        return [config.stages + 1] * ranks
+    return [round(live / config.placement.share) for live in check(_schedule(config, dp)).peak_live]
 
 
 def notes(config: Config, dp: int) -> list[str]:
     """Paragraphs on the memory and the idle time of the configured schedule."""
-    return {"1f1b": _one_f_one_b, "dualpipe": _dualpipe, "dualpipev": _dualpipev}[config.schedule.name](config, dp)
+    known = {"1f1b": _one_f_one_b, "dualpipe": _dualpipe, "dualpipev": _dualpipev}
+    return known.get(config.schedule.name, _simulated)(config, dp)
+
+
+def _simulated(config: Config, dp: int) -> list[str]:
+    live, result = live_microbatches(config, dp), simulate(_schedule(config, dp), Costs())
+    return [
+        f"Activations: a rank keeps up to {max(live)} micro-batches of a stage at once, {min(live)} where it keeps the fewest.",
+        f"Bubble, simulated: a rank idles {result.bubble:.1f} t of {result.makespan:.1f} t a step "
+        f"({100 * result.bubble / result.makespan:.1f} %). {_UNITS}",
+    ]
+
+
+@lru_cache(maxsize=1)
+def _schedule(config: Config, dp: int) -> Schedule:
+    return build_schedule(config, config.parallel.pp, config.microbatches(dp))
 
 
 def _one_f_one_b(config: Config, dp: int) -> list[str]:

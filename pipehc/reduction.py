@@ -14,16 +14,24 @@ class EarlyReduction:
     """An `Observer` of one rank for one step.
 
     start: called with (lane, stage) once all weight gradients of it are computed, stages in the order of `reduction_order`.
+    expect: called before that, where the next instruction is its last W, and nothing but that W.
     """
 
-    def __init__(self, program: Program, rank: int, start: Callable[[Held], None]) -> None:
-        self._start = start
+    def __init__(
+        self, program: Program, rank: int, start: Callable[[Held], None], expect: Callable[[Held], None] = lambda held: None
+    ) -> None:
+        self._start, self._expect = start, expect
         self._owed = Counter(held for held in map(_weight_gradient_of, program.instructions[rank]) if held is not None)
         by_stage = {stage: (lane, stage) for lane, stage in self._owed}
         self._order = [by_stage[stage] for stage in reduction_order(program, rank)]
 
     def begin(self, instruction: Instruction) -> None:
-        """Nothing is known before it has run."""
+        held = _weight_gradient_of(instruction)
+        if held is None or self._owed[held] > 1 or self._order[:1] != [held]:
+            return
+        # In a pair, or as a part of B, gradients that autograd computes may come after the first of those that W does.
+        if isinstance(instruction, Run) and instruction.action.kind == "W" and instruction.pair is None:
+            self._expect(held)
 
     def end(self, instruction: Instruction) -> None:
         held = _weight_gradient_of(instruction)

@@ -1,14 +1,38 @@
-"""Which blocks make up a stage, and which rank holds which stages."""
+"""Which blocks make up a stage, which rank holds which stages, and the schedule over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
-from pipehc.schedules.placement import Placement, bidirectional, linear, vee
+from pipehc.schedules import FAMILIES, Costs, Schedule, auto, build
+from pipehc.schedules.auto import SEARCHED
+from pipehc.schedules.families.forward import forward_only
+from pipehc.schedules.placement import Placement
 
-# schedule name -> its placement over so many ranks
-PLACEMENTS: dict[str, Callable[[int], Placement]] = {"1f1b": linear, "dualpipe": bidirectional, "dualpipev": vee}
+
+def placement_of(config: Any, ranks: int) -> Placement:
+    """Where the stages of the configured schedule lie; `config` has the sections schedule and search."""
+    if config.schedule.name == "auto":
+        return SEARCHED[config.search.placement](ranks)
+    family = FAMILIES[config.schedule.name]
+    return family.placement(ranks) if family.chunks is None else family.placement(ranks, config.schedule.chunks or family.chunks)
+
+
+def build_schedule(config: Any, ranks: int, microbatches: int, forward: bool = False) -> Schedule:
+    """The schedule of a step. A searched one may differ from call to call: only one rank may ask for it.
+
+    Raises ValueError if a searched one cannot respect its `max_live`.
+    """
+    name, search = config.schedule.name, config.search
+    if name != "auto":
+        return build(name, ranks, microbatches, chunks=config.schedule.chunks, forward=forward)
+    placement = placement_of(config, ranks)
+    if forward:
+        return Schedule(name, placement, microbatches, forward_only(placement, microbatches), forward_only=True)
+    costs = Costs(f=search.f, b=search.b, w=search.w, r=search.r, link=search.link, latency=search.latency)
+    return auto(ranks, microbatches, costs, search.max_live, (search.placement,), search.time_limit)
 
 
 def assign_blocks(blocks: int, stages: int, explicit: Sequence[int] | None = None) -> list[range]:

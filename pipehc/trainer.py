@@ -15,7 +15,7 @@ from pipehc.comm.groups import edge_groups
 from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
-from pipehc.config import Config
+from pipehc.config import Config, ConfigError
 from pipehc.data import Sampler, Split, batch
 from pipehc.gain import CompositeGain, GainFeedback
 from pipehc.learning_rate import learning_rate
@@ -24,9 +24,10 @@ from pipehc.megatron.model import DTYPES, build_stage, initialise, parameter_nam
 from pipehc.megatron.optimizer import build_optimizer
 from pipehc.recompute import SavedBytes
 from pipehc.reduction import EarlyReduction
-from pipehc.schedules import Program, build, compile
+from pipehc.schedules import Program, Schedule, compile
 from pipehc.schedules.execute import Observer, execute
 from pipehc.stage import ModelStage
+from pipehc.stages import build_schedule
 from pipehc.trace import node_watch
 
 
@@ -53,7 +54,7 @@ class Trainer:
         self.config = config
         parallel, train = config.parallel, config.train
         dp = dist.get_world_size() // (parallel.pp * parallel.tp)
-        schedule = build(config.schedule.name, parallel.pp, config.microbatches(dp))
+        schedule = _same_everywhere(config, parallel.pp, config.microbatches(dp))
         self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True)
         placement = self.train_program.schedule.placement
         self.groups = build_groups(parallel.pp, parallel.tp, parallel.ep, replicated=placement.lanes == 2)
@@ -137,7 +138,7 @@ class Trainer:
     @cached_property
     def _evaluation_program(self) -> Program:
         microbatches = self.config.evaluation_microbatches(self.groups.dp_size)
-        return compile(build(self.config.schedule.name, self.config.parallel.pp, microbatches, forward=True), high=True)
+        return compile(build_schedule(self.config, self.config.parallel.pp, microbatches, forward=True), high=True)
 
     def check_replicas(self) -> None:
         """Raises TrainingError, on every rank, unless all ranks that hold a weight hold the same bits of it. Collective."""
@@ -181,7 +182,12 @@ class Trainer:
         self._saved = {} if first_step else self._saved
         stages = {
             key: ModelStage(
-                chain, self._queues, microbatch, scale, recompute=recompute, watch=node_watch(self.observers, *key),
+                chain,
+                self._queues,
+                microbatch,
+                scale,
+                recompute=recompute,
+                watch=node_watch(self.observers, *key),
                 count=self._count(key[1]) if first_step else None,
             )
             for key, chain in self._chains.items()
@@ -189,7 +195,7 @@ class Trainer:
         instructions, overlap = program.instructions[self.groups.pp_rank], self.config.runtime.overlap
         observers = list(self.observers)
         if not schedule.forward_only:
-            observers.append(EarlyReduction(program, self.groups.pp_rank, self._start_reduction))
+            observers.append(EarlyReduction(program, self.groups.pp_rank, self._start_reduction, self._expect_last))
         execute(instructions, schedule.placement, stages, self.mailbox, observers, overlap, self._queues)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
@@ -200,12 +206,20 @@ class Trainer:
             self._stop_everywhere(None if finite else f"the loss of step {step} is {float(total)}; no weight was changed")
         return float(everywhere[0]) / tokens_in_all
 
+    def _expect_last(self, held: tuple[int, int]) -> None:
+        self._join_queues()
+        self.optimizer.expect_last(self.models[held])
+
     def _start_reduction(self, held: tuple[int, int]) -> None:
+        self._join_queues()
+        self.optimizer.start_reduction(self.models[held])
+
+    def _join_queues(self) -> None:
+        """Gradients of hyper-connections come from other queues."""
         compute = self._queues["compute"]
-        for queue in self._queues.values():  # gradients of hyper-connections come from other queues
+        for queue in self._queues.values():
             if queue is not compute:
                 compute.wait(queue.event())
-        self.optimizer.start_reduction(self.models[held])
 
     def _stop_everywhere(self, problem: str | None) -> None:
         """Raises the first rank's problem as TrainingError on every rank, if any rank has one. Collective."""
@@ -214,6 +228,23 @@ class Trainer:
         for rank, text in enumerate(found):
             if text is not None:
                 raise TrainingError(f"rank {rank}: {text}")
+
+
+def _same_everywhere(config: Config, ranks: int, microbatches: int) -> Schedule:
+    """The schedule of a training step. A search ends by the clock, so one rank does it for all. Collective."""
+    if config.schedule.name != "auto":
+        return build_schedule(config, ranks, microbatches)
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [build_schedule(config, ranks, microbatches)]
+        except ValueError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise ConfigError(f"search: {found[0]}")
+    schedule: Schedule = found[0]
+    return schedule
 
 
 def checksum(weight: torch.Tensor) -> int:

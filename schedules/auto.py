@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
@@ -61,20 +61,6 @@ class AutoReport:
         return self.gap < 1e-9
 
 
-def auto(
-    ranks: int,
-    microbatches: int,
-    costs: Costs,
-    max_live: float | None = None,
-    placements: Sequence[str] = tuple(SEARCHED),
-    time_limit: float = 10.0,
-    seed: int = 0,
-    cache: str | PathLike[str] | None = None,
-) -> Schedule:
-    """The schedule of `auto_report`, which has the same arguments and is free after this."""
-    return auto_report(ranks, microbatches, costs, max_live, placements, time_limit, seed, cache).schedule
-
-
 def auto_report(
     ranks: int,
     microbatches: int,
@@ -116,6 +102,18 @@ def auto_report(
     report = _search(*problem)
     _save(report, path)
     return report
+
+
+def _schedule_of[**P](report: Callable[P, AutoReport]) -> Callable[P, Schedule]:
+    @wraps(report, assigned=())
+    def auto(*args: P.args, **options: P.kwargs) -> Schedule:
+        """The schedule of `auto_report`, which has the same arguments and is free after this."""
+        return report(*args, **options).schedule
+
+    return auto
+
+
+auto = _schedule_of(auto_report)
 
 
 @lru_cache(maxsize=64)

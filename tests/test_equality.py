@@ -132,9 +132,26 @@ def test_equals_one_process(tiny, reference, name, pp, ep, kind):
     check_layout(tiny, reference(kind), pp * ep, *layout)
 
 
+AUTO = "auto search.time_limit=0.5 search.placement="
+
+
+@pytest.mark.parametrize("name", ["gpipe", "interleaved", "zb_h1", "zbv", AUTO + "linear", AUTO + "v", AUTO + "bidirectional"])
+def test_every_other_schedule_equals_one_process(tiny, reference, name):
+    """With recomputation, and gradients summed in many buckets."""
+    more = "parallel.pp=4", "recompute.enabled=true", "runtime.bucket_size=3000"
+    check_layout(tiny, reference("mhc"), 4, *f"schedule.name={name}".split(), *more)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "block"),
-    [("1f1b", "mhc", "null"), ("dualpipe", "none", 3), ("dualpipe", "mhc", "null"), ("dualpipev", "mhc", 3)],
+    [
+        ("1f1b", "mhc", "null"),
+        ("dualpipe", "none", 3),
+        ("dualpipe", "mhc", "null"),
+        ("dualpipev", "mhc", 3),
+        ("interleaved", "mhc", 1),
+        ("zbv", "mhc", "null"),
+    ],
 )
 def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, block):
     """Recomputation of a whole stage at a time, or of 3 sub-layers, of which no stage has a multiple; uneven stages in a pair."""
@@ -142,7 +159,7 @@ def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, bl
     if name == "dualpipe":
         layout += ("parallel.blocks_per_stage=[3,5]",)
     plain = None
-    for overlap in ("false", "true") if name != "1f1b" else ("true",):
+    for overlap in ("false", "true") if name.startswith("dualpipe") else ("true",):
         for recompute in ("false", "true"):
             overrides = *layout, f"runtime.overlap={overlap}", f"recompute.enabled={recompute}"
             results = run_ranks(one_step, 4, tiny, overrides, timeout=240)

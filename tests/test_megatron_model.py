@@ -291,20 +291,17 @@ def test_sizes_that_do_not_fit():
     run_ranks(messages, 1)
 
 
-def test_layouts_can_follow_one_another():
+def test_layouts():
     """Ranks are pp_rank * dp + dp_rank; with replicas, gradients are summed over the mirrored position too, per expert shard."""
 
-    def layouts(rank):
-        found = []
-        for pp, ep, replicated in ((2, 1, False), (2, 2, True), (4, 1, True), (1, 2, False)):
-            groups = build_groups(pp, 1, ep, replicated)
-            c = groups.collection
-            ranks = [dist.get_process_group_ranks(g) for g in (groups.dp, groups.ep, c.dp_cp, c.expt_dp)]
-            found.append((groups.pp_rank, groups.dp_rank, groups.ep_rank, *ranks))
-            groups.destroy()
-        return found
+    def layout(rank, pp, ep, replicated):
+        groups = build_groups(pp, 1, ep, replicated)
+        c = groups.collection
+        ranks = [dist.get_process_group_ranks(g) for g in (groups.dp, groups.ep, c.dp_cp, c.expt_dp)]
+        return groups.pp_rank, groups.dp_rank, groups.ep_rank, *ranks
 
-    first, second, third, fourth = zip(*run_ranks(layouts, 4))
+    sizes = (2, 1, False), (2, 2, True), (4, 1, True), (1, 2, False)
+    first, second, third, fourth = (run_ranks(layout, 4, *size) for size in sizes)
     assert first[2] == (1, 0, 0, [2, 3], [2], [2, 3], [2, 3])
     assert second[1] == (0, 1, 1, [0, 1], [0, 1], [0, 1, 2, 3], [1, 3])
     assert second[2] == (1, 0, 0, [2, 3], [2, 3], [0, 1, 2, 3], [0, 2])

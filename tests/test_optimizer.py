@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny_model import cut, micro_batch, tiny_config
@@ -13,6 +14,7 @@ from pipehc.learning_rate import learning_rate
 from pipehc.megatron.groups import Groups, build_groups
 from pipehc.megatron.model import DTYPES, StageModel, build_stage, initialise, parameter_names
 from pipehc.megatron.optimizer import Optimizer, build_optimizer
+from pipehc.wgrad import WeightGradStore
 from processes import run_ranks
 
 # pipeline positions, data-parallel size, expert-parallel size, two replicas of every stage
@@ -270,3 +272,49 @@ def test_learning_rate_falls_at_the_first_step_of_its_fraction(fraction, steps, 
         f"train.steps={steps}", "optimizer.lr=2.0", "optimizer.warmup_steps=0", f"optimizer.decay=[[{fraction}, 0.5]]"
     )
     assert [learning_rate(step, config) for step in range(steps)] == [2.0] * first + [1.0] * (steps - first)
+
+
+def test_buckets_are_summed_as_the_last_weight_gradients_land():
+    """One reduction after the other while W runs, last layers first, and the same bits as in one bucket a buffer."""
+
+    def run(rank, bucket_size):
+        config = tiny_config(f"runtime.bucket_size={bucket_size}")
+        groups = build_groups(2, 1, 1, True)
+        models = held(config, groups)
+        optimizer = build_optimizer(config, groups, list(models.values()))
+        order = []
+
+        def logged(key, group, start):
+            def log_and_start(**options):
+                if group.grad_reduce_handle is None:  # else upstream, which asks again at the end
+                    order.append(key)
+                start(**options)
+
+            return log_and_start
+
+        for number, buckets in enumerate(optimizer._buckets):
+            for k, bucket in enumerate(buckets):
+                bucket.group.start_grad_sync = logged((number, k), bucket.group, bucket.group.start_grad_sync)
+        optimizer.zero_grad()
+        stores = {stage: WeightGradStore() for stage in models}
+        for stage, model in models.items():
+            with stores[stage].deferring():
+                loss = local_loss(config, stage, model, rank)
+            loss.backward()
+        early = []
+        for (stage, model), buckets in zip(models.items(), optimizer._buckets):
+            if rank == 0 or stage == 0:  # rank 1 starts stage 1 as a whole, in the same order
+                optimizer.expect_last(model)
+            before = len(order)
+            stores[stage].flush()
+            early.append((len(order) - before, len(buckets)))
+            optimizer.start_reduction(model)
+        optimizer.reduce_gradients()
+        assert order == [(n, k) for n, buckets in enumerate(optimizer._buckets) for k in range(len(buckets))]
+        return {name: g.numpy() for name, g in optimizer.gradients().items()}, early
+
+    small, large = run_ranks(run, 2, 2000), run_ranks(run, 2, 40_000_000)
+    for (many, _), (one, _) in zip(small, large):
+        assert all(np.array_equal(many[name], one[name]) for name in one) and many.keys() == one.keys()
+    assert all(started > 3 and buckets > 5 for started, buckets in small[0][1]) and small[1][1][1][0] == 0
+    assert all(buckets <= 2 for _, buckets in large[0][1])

@@ -40,3 +40,26 @@ def test_every_stage_once(name):
     program = compile(build(name, 4, 12), recompute=True)
     for rank in range(4):
         assert {held for held, _ in run(program, rank)} == set(program.schedule.placement.held(rank))
+
+
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipev", "zb_h1", "zbv"])
+def test_the_last_w_of_a_stage_is_announced_where_nothing_else_runs(name):
+    program, announced = compile(build(name, 4, 12)), 0
+    for rank in range(4):
+        log = []
+        observer = EarlyReduction(program, rank, lambda held, log=log: log.append(("start", held)), log.append)
+        placement = program.schedule.placement
+        left = dict.fromkeys(placement.held(rank), 12 // placement.lanes)
+        for instruction in program.instructions[rank]:
+            before = len(log)
+            observer.begin(instruction)
+            if len(log) > before:
+                assert instruction.action.kind == "W" and instruction.pair is None
+                assert left[log[-1]] == 1 and (instruction.action.lane, instruction.action.stage) == log[-1]
+                announced += 1
+            observer.end(instruction)
+            if isinstance(instruction, Run) and instruction.action.kind in "BW":
+                left[instruction.action.lane, instruction.action.stage] -= 1
+        for index, entry in enumerate(log):
+            assert entry[0] == "start" or log[index + 1] == ("start", entry)
+    assert announced >= 4

@@ -1,12 +1,15 @@
 """Blocks to stages, stages to ranks."""
 
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipehc.stages import PLACEMENTS, assign_blocks
+from pipehc.config_schema import ScheduleConfig, SearchConfig
+from pipehc.schedules import check
+from pipehc.stages import assign_blocks, build_schedule, placement_of
 
 
 @given(st.integers(1, 64).flatmap(lambda stages: st.tuples(st.integers(stages, 200), st.just(stages))))
@@ -58,11 +61,29 @@ def test_refused(blocks: int, stages: int, explicit: list[int] | None, words: li
         assert word in str(caught.value)
 
 
-def test_placements_of_the_schedules() -> None:
-    def held(name: str) -> list[list[int]]:
-        placement = PLACEMENTS[name](4)
-        return [sorted(stage for _, stage in placement.held(rank)) for rank in range(4)]
+def config(name: str, chunks: int | None = None, **search: object) -> SimpleNamespace:
+    return SimpleNamespace(schedule=ScheduleConfig(name=name, chunks=chunks), search=SearchConfig(**search))
 
-    assert held("1f1b") == [[0], [1], [2], [3]]
-    assert held("dualpipe") == [[0, 3], [1, 2], [1, 2], [0, 3]]
-    assert held("dualpipev") == [[0, 7], [1, 6], [2, 5], [3, 4]]
+
+def held(ranks: int, *args: object, **search: object) -> list[list[int]]:
+    placement = placement_of(config(*args, **search), ranks)
+    return [sorted(stage for _, stage in placement.held(rank)) for rank in range(ranks)]
+
+
+def test_placements_of_the_schedules() -> None:
+    assert held(4, "1f1b") == held(4, "gpipe") == held(4, "zb_h1") == [[0], [1], [2], [3]]
+    assert held(4, "dualpipe") == [[0, 3], [1, 2], [1, 2], [0, 3]]
+    assert held(4, "dualpipev") == held(4, "zbv") == [[0, 7], [1, 6], [2, 5], [3, 4]]
+    assert held(2, "interleaved") == [[0, 2], [1, 3]]
+    assert held(2, "interleaved", 3) == [[0, 2, 4], [1, 3, 5]]
+    for placement, same in (("linear", "1f1b"), ("v", "zbv"), ("bidirectional", "dualpipe")):
+        assert held(4, "auto", placement=placement) == held(4, same)
+
+
+def test_searched_schedules_and_their_evaluation_share_a_placement() -> None:
+    searched = config("auto", placement="bidirectional", link=0.2, max_live=3.0, time_limit=0.3)
+    train, evaluation = build_schedule(searched, 4, 12), build_schedule(searched, 4, 6, forward=True)
+    assert train.placement == evaluation.placement == placement_of(searched, 4)
+    assert evaluation.forward_only and max(check(train).peak_live) <= 3
+    with pytest.raises(ValueError, match=r"max_live = 1\.5"):
+        build_schedule(config("auto", placement="bidirectional", max_live=1.5), 4, 12)

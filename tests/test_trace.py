@@ -43,9 +43,8 @@ class Sleeping:
         time.sleep(W)
 
 
-def record(rank, folder, name, recompute):
-    ranks = 2
-    program = compile(build(name, ranks, 4), recompute=recompute)
+def record(rank, folder, name, recompute, ranks=2, microbatches=4):
+    program = compile(build(name, ranks, microbatches), recompute=recompute)
     placement = program.schedule.placement
     last = placement.stages - 1
     stages = {key: Sleeping(key[1] == 0, key[1] == last) for key in placement.held(rank)}
@@ -134,6 +133,9 @@ def test_the_trainer_records_the_steps_asked_for_of_every_pipeline(tmp_path):
         assert {span.rank for span in recording.spans} == {0, 1}
         done = sorted((s.stage, s.kind, s.microbatch) for s in recording.spans if s.queue == "compute" and s.kind in "FW")
         assert [x for x in done if x[1] == "F"] == [(stage, "F", m) for stage in (0, 1) for m in range(4)]
+        nodes = {(s.kind, s.microbatch, s.what.split()[1]) for s in recording.spans if s.queue in ("node", "high")}
+        names = [f"{block}.{node}" for block in range(4) for node in ("attention", "mlp", "mlp_post")]
+        assert {node for node in nodes if node[0] != "R"} == {(kind, m, name) for kind in "FB" for m in range(4) for name in names}
 
 
 def test_markers_name_every_instruction_for_profilers():
@@ -175,22 +177,24 @@ def test_costs_of_stages_that_differ():
     assert costs.weights == (0.5, 1.5)
 
 
-def record_ahead_of_others(rank, folder):
+def record_ahead_of_others(rank, folder, *what):
     """Takes precedence over other work on the machine, if that is allowed: sleeping stages then keep their times."""
     with contextlib.suppress(PermissionError):
         for thread in os.listdir("/proc/self/task"):
             os.sched_setscheduler(int(thread), os.SCHED_FIFO, os.sched_param(1))
-    record(rank, folder, "1f1b", True)
+    record(rank, folder, *what)
 
 
-def test_recomputation_hides_where_the_simulator_says(tmp_path):
-    """1f1b over two ranks: while the last rank computes, the first one recomputes."""
-    run_ranks(record_ahead_of_others, 2, tmp_path)
+@pytest.mark.parametrize(("name", "ranks", "microbatches", "hideable"), [("1f1b", 2, 4, 4), ("1f1b", 4, 8, 24), ("zbv", 4, 8, 12)])
+def test_recomputation_hides_where_the_simulator_says(tmp_path, name, ranks, microbatches, hideable):
+    """While the last rank computes, those before it recompute. hideable: how many R, at least."""
+    run_ranks(record_ahead_of_others, ranks, tmp_path, name, True, ranks, microbatches)
     recording = Recording.load(tmp_path / "step-000007.json")
-    costs = Costs(f=1e3 * F, b=1e3 * I, w=1e3 * W, r=1e3 * W)
+    share = recording.schedule.placement.share
+    costs = Costs(f=1e3 * F / share, b=1e3 * I / share, w=1e3 * W / share, r=1e3 * W / share)
     possible = sum(simulate(recording.program(), costs).hidden_recompute)
     hidden = sum(summary.hidden for summary in recorded(recording.spans, "").summaries)
-    assert possible == pytest.approx(4 * 1e3 * W)
+    assert possible >= hideable * 1e3 * W - 1e-6
     assert hidden >= 0.9 * possible
 
 

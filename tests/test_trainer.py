@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_model import tiny_config
 
+from pipehc.config import ConfigError
 from pipehc.data import Sampler
 from pipehc.learning_rate import learning_rate
 from pipehc.megatron.model import buffer_names, parameter_names
@@ -133,5 +134,16 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_any_weight_chang
         for model in trainer.models.values():
             for name, weight in parameter_names(model).items():
                 assert torch.equal(weight, before[name]) or name.startswith("embedding")
+
+    run_ranks(fn, 2)
+
+
+def test_a_cap_that_no_searched_schedule_respects_is_refused_on_every_rank():
+    def fn(rank):
+        from pipehc.trainer import Trainer
+
+        searched = "schedule.name=auto", "search.placement=bidirectional", "search.max_live=1.5", "parallel.pp=2"
+        with pytest.raises(ConfigError, match=r"search: max_live = 1\.5"):
+            Trainer(tiny_config(*searched))
 
     run_ranks(fn, 2)

@@ -33,13 +33,6 @@ class Groups:
     ep_size: int
     replicated: bool
     collection: ProcessGroupCollection  # for the modules, DDP and the optimizer
-    mirrored: list[dist.ProcessGroup]  # the groups made here rather than by Megatron
-
-    def destroy(self) -> None:
-        """Forget these groups, so that `build_groups` can lay the same processes out anew. Collective."""
-        for group in self.mirrored:
-            dist.destroy_process_group(group)
-        parallel_state.destroy_model_parallel()
 
 
 def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
@@ -74,7 +67,8 @@ def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
     own_dp = collection.dp
     # The distributed optimizer gives every parameter element one owner in the world: the gradient norm sums over all ranks.
     collection.intra_dist_opt = dist.group.WORLD
-    mirrored = _mirror(collection, pp, dp, tp, ep) if replicated else []
+    if replicated:
+        _mirror(collection, pp, dp, tp, ep)
     return Groups(
         pp=collection.pp,
         pp_rank=collection.pp.rank(),
@@ -90,11 +84,10 @@ def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
         ep_size=ep,
         replicated=replicated,
         collection=collection,
-        mirrored=mirrored,
     )
 
 
-def _mirror(collection: ProcessGroupCollection, pp: int, dp: int, tp: int, ep: int) -> list[dist.ProcessGroup]:
+def _mirror(collection: ProcessGroupCollection, pp: int, dp: int, tp: int, ep: int) -> None:
     """Replace the data-parallel groups of `collection` by their unions over pipeline positions r and pp-1-r."""
     position = dp * tp  # ranks at one pipeline position
     dense, experts, whole = [], [], []
@@ -104,7 +97,6 @@ def _mirror(collection: ProcessGroupCollection, pp: int, dp: int, tp: int, ep: i
         # Expert tensor parallelism is 1, so the expert shard of a rank is its place within the position, modulo ep.
         experts += [[r * position + i for r in pair for i in range(position) if i % ep == e] for e in range(ep)]
         whole.append([r * position + i for r in pair for i in range(position)])
-    made: list[dist.ProcessGroup] = []
     for ranks, fields in (
         (dense, ("dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp")),
         (experts, ("expt_dp", "expt_dp_gtp_remat", "intra_expt_dp")),
@@ -112,7 +104,5 @@ def _mirror(collection: ProcessGroupCollection, pp: int, dp: int, tp: int, ep: i
     ):
         group, _ = dist.new_subgroups_by_enumeration(ranks)
         assert isinstance(group, dist.ProcessGroup)  # the enumerations name every rank
-        made.append(group)
         for field in fields:
             setattr(collection, field, group)
-    return made

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import nn
 
 from pipehc.flat_slices import FlatSlice
+from pipehc.megatron.buckets import Landing, bucket_order
 from pipehc.megatron.groups import Groups
 from pipehc.megatron.model import DTYPES, StageModel, buffer_names, parameter_names
 from pipehc.megatron.wgrad import install_deferral
@@ -33,9 +34,11 @@ class Optimizer:
         self.models = list(models)
         self._settings, self._groups = config.optimizer, groups
         self._bias_update_rate = config.model.bias_update_rate
-        self._chunks = [_wrap(model, groups) for model in models]
+        self._chunks = [_wrap(model, groups, config.runtime.bucket_size) for model in models]
+        self._buckets = [bucket_order(chunk) for chunk in self._chunks]
+        self._landing: Landing | None = None
         for chunk in self._chunks:
-            install_deferral(chunk)
+            install_deferral(chunk, self._landed)
         self._megatron = _distributed_optimizer(config, groups, self._chunks)
         self._parts: list[DistributedOptimizer] = self._megatron.chained_optimizers  # dense and, with ep > 1, experts
         self._reducing: set[StageModel] = set()
@@ -53,14 +56,24 @@ class Optimizer:
                 group.is_last_microbatch = False  # reductions start when we say so, not by counting gradients
         self._megatron.zero_grad()
         self._reducing.clear()
+        self._landing = None
+
+    def expect_last(self, model: StageModel) -> None:
+        """From now on only the last W of a stage computes gradients of it: each bucket is summed as soon as it has all of them.
+
+        All replicas must begin, and start, the reduction of their stages in the same order.
+        """
+        self._landing = Landing(self._buckets[self.models.index(model)])
 
     def start_reduction(self, model: StageModel) -> None:
-        """Start to sum the gradients of a stage over its replicas; call after the last weight gradient of a step. Asynchronous.
-
-        All replicas must start their stages in the same order.
-        """
-        self._chunks[self.models.index(model)].start_grad_sync()
+        """Start to sum what is left of a stage's gradients over its replicas; call after its last weight gradient. Asynchronous."""
+        landing, self._landing = self._landing, None
+        (landing or Landing(self._buckets[self.models.index(model)])).start_all()
         self._reducing.add(model)
+
+    def _landed(self, parameter: nn.Parameter) -> None:
+        if self._landing is not None:
+            self._landing.landed(parameter)
 
     def reduce_gradients(self) -> None:
         """Sum the gradients over the replicas, of stages not yet started in their order; call after the last backward of a step."""
@@ -174,18 +187,18 @@ def build_optimizer(config: Any, groups: Groups, models: Sequence[StageModel]) -
     return Optimizer(config, groups, models)
 
 
-def _wrap(model: StageModel, groups: Groups) -> DistributedDataParallel:
+def _wrap(model: StageModel, groups: Groups, bucket_size: int) -> DistributedDataParallel:
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, use_distributed_optimizer=True)
     layout = DistributedOptimizer.compute_full_param_layout(
         [p for p in model.parameters() if p.requires_grad],
-        None,
+        bucket_size,
         groups.collection.dp_cp.size(),
         settings,
         expert_data_parallel_world_size=groups.collection.expt_dp.size(),
     )
     # Not `disable_bucketing`: that puts the bf16 and fp32 weights of a stage into one coalesced all-gather, which gloo garbles.
-    # The layout, not DDP, says how many buckets there are: one a buffer. DDP would cut those of pipeline rank 0 alone, and not
-    # those of its mirror. `overlap_grad_reduce` lets reductions be asynchronous.
+    # The layout, not DDP, says how many buckets there are. DDP would cut those of pipeline rank 0 alone, and not those of its
+    # mirror. `overlap_grad_reduce` lets reductions be asynchronous.
     return DistributedDataParallel(model.config, settings, model, pg_collection=groups.collection, full_param_layout=layout)
 
 

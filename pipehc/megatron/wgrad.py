@@ -11,8 +11,10 @@ from torch import nn
 from pipehc.megatron.versions import weight_shards
 from pipehc.wgrad import Accumulate, Split, linear
 
+Landed = Callable[[nn.Parameter], None]
 
-def install_deferral(model: nn.Module) -> int:
+
+def install_deferral(model: nn.Module, landed: Landed | None = None) -> int:
     """Route the weight gradients of every column- and row-parallel linear of `model` through `pipehc.wgrad`.
 
     That is all projections of attention, dense FFN, routed and shared experts, and the output layer, with any tensor and sequence
@@ -25,6 +27,7 @@ def install_deferral(model: nn.Module) -> int:
     Args:
         model: a stage, or Megatron's DDP around one: then gradients go into `main_grad` through DDP's own hook, which also starts
             the overlapped reduction of a bucket whose gradients are complete.
+        landed: called with a parameter after each gradient that went to it this way.
 
     Returns:
         How many layers were changed.
@@ -38,7 +41,7 @@ def install_deferral(model: nn.Module) -> int:
             raise ValueError("defer_embedding_wgrad_compute = True: must be False, weight gradients are deferred by the schedule")
         if weight_shards(layer) != 1:
             raise ValueError(f"gtp_remat size = {weight_shards(layer)}: must be 1, weights in shards cannot be deferred")
-    accumulators = _Accumulators(model)
+    accumulators = _Accumulators(model, landed)
     for layer in layers:
         layer._forward_impl = _forward_impl(layer, accumulators)
     return len(layers)
@@ -47,8 +50,8 @@ def install_deferral(model: nn.Module) -> int:
 class _Accumulators:
     """For a parameter: what autograd would do with a gradient of it. Adds it to `.grad`, then runs DDP's hook if there is one."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+    def __init__(self, model: nn.Module, landed: Landed | None) -> None:
+        self._ddp, self._landed = model if isinstance(model, DistributedDataParallel) else None, landed
         self._made: dict[nn.Parameter, Callable[[torch.Tensor], None]] = {}
 
     def __getitem__(self, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
@@ -64,6 +67,8 @@ class _Accumulators:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 if hook is not None:
                     hook()
+            if self._landed is not None:
+                self._landed(parameter)
 
         return accumulate
 

@@ -1,0 +1,47 @@
+"""The buckets of a stage in the order in which its last weight gradients complete them, and their reduction one by one."""
+
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+
+
+class Bucket:
+    """Gradients that are summed together: one of DDP's bucket groups."""
+
+    def __init__(self, group: Any, deferred: set[nn.Parameter]) -> None:
+        self.group = group
+        self.deferred = {parameter for parameter in group.params if parameter in deferred}  # what W computes of it
+
+
+def bucket_order(chunk: DistributedDataParallel) -> list[Bucket]:
+    """The buckets of a stage, first that of its last layers: W goes through the layers as the backward does.
+
+    The order follows from the model alone, so that all replicas of a stage have the same.
+    """
+    layers = [m for m in chunk.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+    deferred = {layer.weight for layer in layers if layer.weight is not None}
+    place = {parameter: index for index, parameter in enumerate(chunk.module.parameters())}
+    buckets = [Bucket(group, deferred) for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
+    return sorted(buckets, key=lambda bucket: -min(place[parameter] for parameter in bucket.deferred or bucket.group.params))
+
+
+class Landing:
+    """The last W of a stage on its way. All gradients that it does not compute must be there; each of its own comes once."""
+
+    def __init__(self, buckets: list[Bucket]) -> None:
+        self._left = list(buckets)
+        self._missing = {parameter for bucket in buckets for parameter in bucket.deferred}
+
+    def landed(self, parameter: nn.Parameter) -> None:
+        """A weight gradient is complete: starts to sum every bucket that now is, in their order."""
+        if parameter in self._missing:
+            self._missing.remove(parameter)
+            while self._left and self._missing.isdisjoint(self._left[0].deferred):
+                self._left.pop(0).group.start_grad_sync()
+
+    def start_all(self) -> None:
+        """The rest: buckets with an expert that got no token, and those without any weight gradient."""
+        while self._left:
+            self._left.pop(0).group.start_grad_sync()
