@@ -20,6 +20,10 @@ JOBS = {"1f1b": {}, "dualpipe": {}, "dualpipev": {"vpp": 2}, None: {}}
 
 def figures():
     """schedule -> ([(loss, gradient norm)] of two steps, evaluation loss), under whatever version is imported."""
+    assert pipehc.megatron.build_model_chunks and pipehc.megatron.forward_backward_func  # imported once, for all children
+    import megatron.core.models.gpt.gpt_model
+    import megatron.core.optimizer  # noqa: F401
+
     return {
         str(schedule): run_ranks(megatron_job.train, 2, dict(schedule=schedule, pp=2, layers=4, residual="mhc", **more), 2, 8)[0]
         for schedule, more in JOBS.items()
@@ -97,3 +101,13 @@ def test_the_trainer_refuses_what_its_optimizer_cannot_use(monkeypatch):
         return True
 
     assert run_ranks(refused, 1) == [True]
+
+
+def test_muon_is_refused_where_it_cannot_know_replicas(monkeypatch):
+    versions.refuse_optimizer("dist_muon")
+    monkeypatch.setattr("megatron.core.__version__", "0.17.1")
+    versions.refuse_optimizer("adam")
+    with pytest.raises(
+        ValueError, match=r"optimizer = 'dist_muon': not supported .* megatron-core 0.17.1; use adam or sgd, or 0.18"
+    ):
+        versions.refuse_optimizer("dist_muon")

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipehc.megatron.refusals import refuse_options, refuse_placement
 from pipehc.megatron.source import ScheduleSource
+from pipehc.megatron.versions import refuse_optimizer
 from pipehc.schedules import ScheduleError
 
 # argument -> (values that are fine, remedy)
@@ -53,6 +54,8 @@ def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: An
             "untie_embeddings_and_output_weights = False: embedding and output head would be tied over two replicas of every "
             "stage; set --untie-embeddings-and-output-weights"
         )
+    if replicated:
+        refuse_optimizer(getattr(args, "optimizer", "adam"))
     if replicated and (args.save or args.load):
         _refuse_checkpoints(args)
     if ours:

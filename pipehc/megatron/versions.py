@@ -37,6 +37,17 @@ def check_trainer_version() -> None:
         raise ValueError(f"megatron-core {core.__version__}: the trainer needs {needs}; the plug-in for Megatron's jobs takes it")
 
 
+def refuse_optimizer(optimizer: str) -> None:
+    """Raises ValueError for an optimizer that this version builds by a function of its own, which knows no replicas of a stage."""
+    if "muon" in optimizer and megatron_version() < (0, 18):
+        from megatron import core
+
+        raise ValueError(
+            f"optimizer = {optimizer!r}: not supported with two replicas of every stage under megatron-core {core.__version__}; "
+            "use adam or sgd, or 0.18"
+        )
+
+
 def default_groups() -> Any:
     """The groups that Megatron's schedules take from its parallel state, under the names of its ProcessGroupCollection."""
     from megatron.core import parallel_state
