@@ -64,15 +64,9 @@ class Mailbox:
         self._storages: set[int] = set()  # addresses of those
         self._received: dict[tuple, tuple[_Slot, _Pending]] = {}
         self._sent: dict[_Slot, tuple[tuple, _Pending]] = {}
-        self.most_sends = 0  # that were kept at the same time
         self.waiting: Waiting | None = None
         self.tracker: Tracker | None = None
         self._on_device: deque[tuple[str, dist.Work]] = deque(maxlen=64)
-
-    @property
-    def buffers(self) -> int:
-        """How many receive buffers there are."""
-        return len(self._buffers)
 
     def post(self, message: tuple, edge: Edge, slot: int = 0) -> None:
         """Posts the receive of `message` on `edge`. Posts of an edge must have the order of the peer's sends."""
@@ -106,7 +100,6 @@ class Mailbox:
         except RuntimeError as error:
             raise PeerError(f"cannot send the {message}: {first_line(error)}") from error
         self._sent[edge, slot] = message, self._pending(message, "send", work, tensor, edge)
-        self.most_sends = max(self.most_sends, len(self._sent))
 
     def delivered(self, edge: Edge, slot: int) -> torch.Tensor:
         """Waits until the peer has what was sent from a slot, returns it and lets go of it; on CUDA the current stream waits."""

@@ -133,9 +133,11 @@ def test_equals_one_process(tiny, reference, name, pp, ep, kind):
 
 
 AUTO = "auto search.time_limit=0.5 search.placement="
+QUICK = ["interleaved", "zbv", AUTO + "bidirectional"]
+SLOW = ["gpipe", "zb_h1", AUTO + "linear", AUTO + "v"]
 
 
-@pytest.mark.parametrize("name", ["gpipe", "interleaved", "zb_h1", "zbv", AUTO + "linear", AUTO + "v", AUTO + "bidirectional"])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_other_schedule_equals_one_process(tiny, reference, name):
     """With recomputation, and gradients summed in many buckets."""
     more = "parallel.pp=4", "recompute.enabled=true", "runtime.bucket_size=3000"
@@ -149,8 +151,8 @@ def test_every_other_schedule_equals_one_process(tiny, reference, name):
         ("dualpipe", "none", 3),
         ("dualpipe", "mhc", "null"),
         ("dualpipev", "mhc", 3),
-        ("interleaved", "mhc", 1),
-        ("zbv", "mhc", "null"),
+        pytest.param("interleaved", "mhc", 1, marks=pytest.mark.slow),
+        pytest.param("zbv", "mhc", "null", marks=pytest.mark.slow),
     ],
 )
 def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, block):

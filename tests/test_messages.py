@@ -16,6 +16,20 @@ RANKS = 4
 MICROBATCHES = 8, 16, 32
 
 
+class CountingMailbox(Mailbox):
+    """Knows how many buffers it has, and how many sends it kept at the same time."""
+
+    most_sends = 0
+
+    @property
+    def buffers(self):
+        return len(self._buffers)
+
+    def send(self, *args):
+        super().send(*args)
+        self.most_sends = max(self.most_sends, len(self._sent))
+
+
 def on_this_rank(slots, position):
     return sum(count for edge, count in slots.items() if edge[position] == dist.get_rank())
 
@@ -27,7 +41,7 @@ def buffers_of_runs(rank, name):
         program = compile(build(name, RANKS, microbatches))
         placement = program.schedule.placement
         groups = edge_groups([list(range(RANKS))], program.edges())
-        mailbox = Mailbox(groups, (ROWS, WIDTH), torch.float64, timeout_s=30)
+        mailbox = CountingMailbox(groups, (ROWS, WIDTH), torch.float64, timeout_s=30)
         for _ in range(2):  # the second step takes the buffers of the first
             stages = {key: ToyStage(key[1], placement.stages) for key in placement.held(rank)}
             execute(program.instructions[rank], placement, stages, mailbox)
@@ -53,7 +67,7 @@ def test_what_was_received_may_be_sent_on_while_its_buffer_is_used_again():
 
     def go_round(rank):
         edges = [(0, 1), (1, 2)]
-        mailbox = Mailbox(edge_groups([[0, 1, 2]], edges), (1 << 18,), torch.float32, timeout_s=30)
+        mailbox = CountingMailbox(edge_groups([[0, 1, 2]], edges), (1 << 18,), torch.float32, timeout_s=30)
         found = []
         for k in range(8):
             if rank == 0:

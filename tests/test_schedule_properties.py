@@ -40,6 +40,7 @@ costs = st.builds(
     w=times,
     r=st.floats(0, 2),
     pair=st.none() | times,
+    pair_leave=st.none() | st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda x: (min(x), max(x))),
     link=st.floats(0, 5),
     latency=st.floats(0, 3),
     weights=st.none() | st.lists(st.floats(0.5, 2), min_size=1, max_size=6).map(tuple),
