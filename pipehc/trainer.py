@@ -82,7 +82,7 @@ class Trainer:
             connections = {i: connection for model in by_stage for i, connection in model.connections().items()}
             self._gain = CompositeGain(connections, 2 * config.model.blocks, residual.streams)
         self.feedback = GainFeedback(residual.target_gain, residual.gain_power, residual.smallest_s)
-        messages = edge_groups(pipelines, self.train_program.edges())
+        messages = edge_groups(pipelines, self.train_program.edges(), config.runtime.timeout_s)
         connect(messages, self.device)
         facts = {"stage message": f"{shape} {DTYPES[train.precision]}", "schedule": digest(self.train_program.instructions)}
         try:

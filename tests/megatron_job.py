@@ -176,7 +176,7 @@ class Job:
     """
 
     def __init__(self, schedule=None, *, tp=1, pp=1, ep=1, vpp=None, layers=8, residual=None, distributed_optimizer=False,
-                 overlap_grad_reduce=False, options=(), model_options=(), run=(), search=()):  # fmt: skip
+                 overlap_grad_reduce=False, bucket_size=None, options=(), model_options=(), run=(), search=()):  # fmt: skip
         from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -187,8 +187,9 @@ class Job:
         self.schedule, search = schedule, dict(search)
         self.config = config = model_config(tp, pp, ep, vpp, layers, **dict(options))
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=False, overlap_grad_reduce=overlap_grad_reduce, use_distributed_optimizer=distributed_optimizer
-        )
+            grad_reduce_in_fp32=False, overlap_grad_reduce=overlap_grad_reduce, use_distributed_optimizer=distributed_optimizer,
+            bucket_size=bucket_size,
+        )  # fmt: skip
         name = schedule or "megatron"
         model_provider = provider(config, **dict(model_options))
         chunks = build_model_chunks(model_provider, name, residual=residual, **search)

@@ -95,6 +95,7 @@ EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall --expert-model-p
     "arguments",
     [
         "--pipeline-model-parallel-size 4 ",
+        PP2 + "--bf16 " + SHARDED + "--ddp-num-buckets 4 ",
         PP2 + "--tensor-model-parallel-size 2 --sequence-parallel ",
         PP2 + EXPERTS + "--moe-aux-loss-coeff 1e-2 ",
         PP2 + EXPERTS + SHARDED + "--calculate-per-token-loss ",

@@ -63,7 +63,7 @@ SLOW = [
     (2, {"schedule": "zbv", "pp": 2, "vpp": 2}),
     (2, {"schedule": "interleaved", "pp": 2, "vpp": 2}),
     (4, {"schedule": "dualpipe", "pp": 2, "ep": 2}),
-    (4, {"schedule": "dualpipe", "pp": 2, "ep": 2, **SHARDED}),
+    (4, {"schedule": "dualpipe", "pp": 2, "ep": 2, **SHARDED, "bucket_size": 20000}),
     (4, {"schedule": "dualpipe", "pp": 2, "overlap_grad_reduce": True}),
     (4, {"schedule": "dualpipev", "pp": 2, "tp": 2, "vpp": 2}),
     (4, {"schedule": "auto", "pp": 2, "tp": 2, "search": {"time_limit": 2}}),
@@ -219,13 +219,13 @@ def test_batches_are_handed_out_by_number():
     from pipehc.megatron.batches import OneItem, batches_of
 
     source = iter(range(10))
-    first, second = batches_of(source, 2, 4)
-    assert first is second and batches_of([source, None], 2, 4)[1] is None
+    first, second = batches_of(source, [range(2), range(2, 4)], 4)
+    assert first is second and batches_of([source, None], [range(4)] * 2, 4)[1] is None
     assert next(OneItem(first, 2)) == 2 and next(OneItem(second, 0)) == 0
     first.finish()
     assert next(source) == 4  # the whole step is taken
-    untouched = batches_of(source, 1, 4)[0]
+    untouched = batches_of(source, [range(4)], 4)[0]
     untouched.finish()
     assert next(source) == 5
     with pytest.raises(ValueError, match="a list of 3"):
-        batches_of([source] * 3, 2, 4)
+        batches_of([source] * 3, [range(4)] * 2, 4)

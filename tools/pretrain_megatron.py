@@ -71,7 +71,7 @@ def forward_step(data_iterator, model):
         names = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
         tokens, labels, loss_mask, attention_mask, position_ids = (broadcast(batch, name) for name in names)
     else:
-        attention_mask = torch.ones(1, 1, get_args().seq_length, get_args().seq_length).tril() < 0.5
+        attention_mask = (torch.ones(1, 1, get_args().seq_length, get_args().seq_length).tril() < 0.5).cuda()
     output = model(tokens, position_ids, attention_mask, labels=labels)
     return output, partial(loss_func, loss_mask)
 

@@ -1,5 +1,6 @@
 """The buckets of a stage in the order in which its last weight gradients complete them, and their reduction one by one."""
 
+from collections.abc import Collection
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -15,13 +16,13 @@ class Bucket:
         self.deferred = {parameter for parameter in group.params if parameter in deferred}  # what W computes of it
 
 
-def bucket_order(chunk: DistributedDataParallel) -> list[Bucket]:
+def bucket_order(chunk: DistributedDataParallel, computed_at_once: Collection[nn.Parameter] = ()) -> list[Bucket]:
     """The buckets of a stage, first that of its last layers: W goes through the layers as the backward does.
 
     The order follows from the model alone, so that all replicas of a stage have the same.
     """
     layers = [m for m in chunk.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
-    deferred = {layer.weight for layer in layers if layer.weight is not None}
+    deferred = {layer.weight for layer in layers if layer.weight is not None}.difference(computed_at_once)
     place = {parameter: index for index, parameter in enumerate(chunk.module.parameters())}
     buckets = [Bucket(group, deferred) for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
     return sorted(buckets, key=lambda bucket: -min(place[parameter] for parameter in bucket.deferred or bucket.group.params))
@@ -33,11 +34,13 @@ class BucketReduction:
     def __init__(self) -> None:
         self._buckets: dict[DistributedDataParallel, list[Bucket]] = {}
         self._landing: Landing | None = None
+        self.computed_at_once: set[nn.Parameter] = set()
+        """Weights whose gradients are there before W, though their layers defer them."""
 
     def buckets(self, chunk: DistributedDataParallel) -> list[Bucket]:
         """In the order in which they are summed."""
         if chunk not in self._buckets:
-            self._buckets[chunk] = bucket_order(chunk)
+            self._buckets[chunk] = bucket_order(chunk, self.computed_at_once)
         return self._buckets[chunk]
 
     def expect_last(self, chunk: DistributedDataParallel) -> None:

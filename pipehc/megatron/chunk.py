@@ -23,6 +23,7 @@ from torch import nn
 from pipehc.comm.queues import Queue
 from pipehc.megatron.batches import Batches, OneItem
 from pipehc.megatron.connection import PlainConnection
+from pipehc.megatron.grad_sync import finish_gathers
 from pipehc.megatron.layer import HyperConnectionLayer, refuse_layer
 from pipehc.megatron.nodes import LayerNodes
 from pipehc.megatron.position import acting_at
@@ -65,6 +66,13 @@ def unwrap(chunk: nn.Module) -> Any:
     while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk
+
+
+def wrappers(chunk: nn.Module) -> Iterator[nn.Module]:
+    """DDP and mixed-precision wrappers around the model, from outside."""
+    while chunk is not unwrap(chunk):
+        yield chunk
+        chunk = chunk.module  # type: ignore[assignment]
 
 
 def decoder_chain(decoder: TransformerBlock, block: int | None) -> Chain:
@@ -144,6 +152,8 @@ class ChunkStage(ChainStage):
         self._current = microbatch, live, issue
         iterator = None if self._batches is None else OneItem(self._batches, microbatch)
         first = schedules.check_first_val_step(step.first_val_step, step.forward_only, self._started == 0)
+        if self._started == 0 and not step.forward_only:
+            finish_gathers(self.chunk)
         self._started += 1
         with acting_at(self._position), live.store.deferring():
             output, tokens = schedules.forward_step(
@@ -207,7 +217,11 @@ class ChunkStage(ChainStage):
             tail, live.tail = live.tail, None
             if self._last and self.step.config.grad_scale_func is not None:
                 tail = self.step.config.grad_scale_func(tail)
+            if grad is not None:  # complete for the high-priority queue
+                self._queues["compute"].wait(self._queues["high"].event())
+                self._queues["compute"].hold(grad)
             torch.autograd.backward(tail, grad)
+            live.store.flush()  # the output layer's: to defer it would keep the gradient of the logits
             assert live.leaf is not None
             # A loss may not depend on the model: an empty batch.
             grad = torch.zeros_like(live.leaf) if live.leaf.grad is None else live.leaf.grad

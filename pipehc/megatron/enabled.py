@@ -36,7 +36,8 @@ def enable(
     nvtx: bool = False,
     **search: Any,
 ) -> Enabled:
-    """Call it before `pretrain()`, or before a hand-written loop asks Megatron for its forward-backward function.
+    """Call it before `pretrain()`, or before a hand-written loop asks Megatron for its forward-backward function (a name that was
+    imported from megatron.core.pipeline_parallel earlier stays what it was).
 
     Nothing of Megatron's is touched before, and `disable()` of what this returns, or the end of a `with` block over it, takes
     everything back. In a job that runs megatron.training it takes care of model chunks, gradient groups, data iterators and
@@ -77,6 +78,13 @@ class Enabled:
         if Enabled._current is not None:
             raise RuntimeError("pipehc.megatron is enabled already; call disable() of the first")
         Enabled._current = self
+        try:
+            self._install()
+        except BaseException:
+            self.disable()
+            raise
+
+    def _install(self) -> None:
         self._replace(pipeline_parallel, "get_forward_backward_func", lambda _: self._get_forward_backward_func)
         try:
             from megatron.training import training

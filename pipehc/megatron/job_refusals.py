@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from pipehc.megatron.refusals import refuse_options, refuse_placement
+from pipehc.megatron.refusals import refuse_options, refuse_placement, refuse_tied
 from pipehc.megatron.source import ScheduleSource
 from pipehc.megatron.versions import refuse_optimizer
 from pipehc.schedules import ScheduleError
@@ -21,6 +21,7 @@ ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "heterogeneous_layers_config_path": ((None,), "use equal layers"),
     "use_layer_wise_distributed_optimizer": ((None, False), "use --use-distributed-optimizer or none"),
     "moe_use_upcycling": ((None, False), "convert the checkpoint in a job without pipehc first"),
+    "dataloader_inter_document_masking": ((None, False), "leave it out: layers and stages do not hear where documents end"),
 }
 SCHEDULED: dict[str, tuple[tuple[Any, ...], str]] = {
     "overlap_param_gather_with_optimizer_step": ((None, False), "leave out --overlap-param-gather-with-optimizer-step"),
@@ -29,10 +30,10 @@ SCHEDULED: dict[str, tuple[tuple[Any, ...], str]] = {
     "rerun_mode": (("disabled", "validate_results"), "set --rerun-mode disabled"),
     "moe_expert_rank_capacity_factor": ((None,), "leave it out"),
     "sft": ((None, False), "leave out --sft: micro-batches must have one length"),
-    "dataloader_inter_document_masking": ((None, False), "leave it out: stages do not exchange where documents end"),
+    "num_distributed_optimizer_instances": ((None, 1), "leave out --num-distributed-optimizer-instances"),
 }
 REPLICATED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_distributed_optimizer_instances": ((None, 1), "leave out --num-distributed-optimizer-instances"),
+    "qk_clip": ((None, False), "leave out --qk-clip: the replicas would be clipped by different micro-batches"),
 }
 
 
@@ -49,14 +50,12 @@ def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: An
             raise ValueError(f"{name} = {value!r}: not supported by pipehc.megatron with schedule {source.name}; {remedy}")
     if ours:
         refuse_options(args)
-    if replicated and not getattr(args, "untie_embeddings_and_output_weights", True):
-        raise ValueError(
-            "untie_embeddings_and_output_weights = False: embedding and output head would be tied over two replicas of every "
-            "stage; set --untie-embeddings-and-output-weights"
-        )
+    if ours and not getattr(args, "untie_embeddings_and_output_weights", True):
+        refuse_tied(placement)
     if replicated:
-        refuse_optimizer(getattr(args, "optimizer", "adam"))
-    if replicated and (args.save or args.load):
+        _refuse_replicas(args)
+    moved = any(rank != stage % ranks for lane in placement.table for stage, rank in enumerate(lane))
+    if moved and (args.save or args.load):
         _refuse_checkpoints(args)
     if ours:
         data_parallel = args.data_parallel_size
@@ -79,15 +78,30 @@ def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: An
         raise ValueError(f"num_layers = {args.num_layers}: fewer than the {placement.stages} stages; every stage needs a layer")
 
 
+def _refuse_replicas(args: Namespace) -> None:
+    """What Megatron computes per replica, so that the two would drift apart, or counts on having one of."""
+    refuse_optimizer(getattr(args, "optimizer", "adam"))
+    balancing = getattr(args, "moe_router_load_balancing_type", None) or "none"
+    for kind in ("quantile_balancing", "global_aux_loss"):
+        if kind in (balancing if isinstance(balancing, list) else [balancing]):
+            raise ValueError(
+                f"moe_router_load_balancing_type = {balancing!r}: each of two replicas would balance its own micro-batches; "
+                "use aux_loss, seq_aux_loss or the expert bias"
+            )
+    experts = (getattr(args, "expert_model_parallel_size", None) or 1) > 1
+    if getattr(args, "log_params_norm", False) and experts and not args.use_distributed_optimizer:
+        raise ValueError("log_params_norm = True: takes experts for unshared; set --use-distributed-optimizer or leave it out")
+
+
 def _refuse_checkpoints(args: Namespace) -> None:
-    """With two replicas of every stage, only formats that know replicas."""
+    """Where stages are not where Megatron's own layouts have them, or exist twice: only formats that go by global names."""
     if args.ckpt_format != "torch_dist":
-        raise ValueError(f"ckpt_format = {args.ckpt_format!r}: does not know replicas; set --ckpt-format torch_dist")
+        raise ValueError(f"ckpt_format = {args.ckpt_format!r}: goes by pipeline ranks; set --ckpt-format torch_dist")
     if not args.use_distributed_optimizer or args.no_save_optim:
         return
     if not getattr(args, "dist_ckpt_optim_fully_reshardable", False):
         raise ValueError(
-            "dist_ckpt_optim_fully_reshardable = False: the optimizer's shards would follow the mirrored groups; "
+            "dist_ckpt_optim_fully_reshardable = False: the optimizer's shards would go by pipeline ranks; "
             "set --dist-ckpt-optim-fully-reshardable"
         )
     if getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False):

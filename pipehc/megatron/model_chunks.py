@@ -115,10 +115,10 @@ def wrap_model_chunks(
     held = held_stages(placement, pipeline.rank())
     config = get_model_config(chunks[0])
     with gradient_groups(placement):
-        wrapped = [
-            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=placement.lanes == 1 and i > 0)
-            for i, chunk in enumerate(chunks)
-        ]
+        wrapped = []
+        for i, (chunk, (_, stage)) in enumerate(zip(chunks, held)):
+            with acting_at(megatron_place(placement, stage)[0]):  # DDP cuts buckets by position: both replicas the same
+                wrapped.append(DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=placement.lanes == 1 and i > 0))
     if placement.lanes == 2:
         count_once(wrapped, held, config)
     return wrapped

@@ -71,6 +71,7 @@ class LayerNodes:
             self.layer.is_moe_layer
             and type(self.mlp.token_dispatcher) is MoEAlltoAllTokenDispatcher
             and not self.mlp.shared_expert_overlap
+            and not self.mlp.token_dispatcher.drop_and_pad  # its all-to-all has no splits
             and not self.mlp.moe_layer_recompute
             and not getattr(self.layer.config, "moe_latent_size", None)
         )

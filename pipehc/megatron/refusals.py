@@ -77,7 +77,13 @@ def refuse_model(model: Any, placement: Placement) -> None:
         raise ValueError(f"{name}: has no TransformerBlock as its decoder; {remedy}")
     if getattr(model, "encoder", None) is not None and getattr(model, "add_encoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported; use a decoder-only model")
-    if getattr(model, "share_embeddings_and_output_weights", False) and (placement.lanes > 1 or placement.stages > placement.ranks):
+    if getattr(model, "share_embeddings_and_output_weights", False) and placement.ranks > 1:
+        refuse_tied(placement)
+
+
+def refuse_tied(placement: Placement) -> None:
+    """ValueError if embedding and output head, which Megatron sums between first and last rank, lie on one rank."""
+    if any(lane[0] != 0 or lane[-1] != placement.ranks - 1 for lane in placement.table):
         raise ValueError(
             f"share_embeddings_and_output_weights = True: not supported over a {placement.kind} placement, which has embedding and "
             "output head on the same rank; set --untie-embeddings-and-output-weights, or use schedule = '1f1b'"

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 from torch import nn
@@ -27,8 +26,9 @@ from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
 from pipehc.megatron.batches import batches_of
 from pipehc.megatron.buckets import BucketReduction
-from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, unwrap
+from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, unwrap, wrappers
 from pipehc.megatron.feedback import gain_feedback
+from pipehc.megatron.grad_sync import early_reduction, reduces_early, start_gathers, without_grad_sync
 from pipehc.megatron.mirror import mirrored_groups
 from pipehc.megatron.position import exchanged, held_stages, megatron_place
 from pipehc.megatron.refusals import raise_everywhere, refuse_call, refuse_model
@@ -38,7 +38,6 @@ from pipehc.megatron.versions import default_groups
 from pipehc.megatron.wgrad import install_deferral
 from pipehc.megatron.wide import streams_of, widened
 from pipehc.recompute import Chain
-from pipehc.reduction import EarlyReduction
 from pipehc.schedules import Placement, Program, Schedule, compile
 from pipehc.schedules.execute import execute
 from pipehc.trace import node_watch
@@ -157,9 +156,10 @@ class ForwardBackward:
         step = ForwardStep(
             forward_step_func, config, num_microbatches, groups.cp.size(), collect_non_loss_data, first_val_step, forward_only
         )
-        batches = batches_of(data_iterator, len(chunks), num_microbatches)
+        lanes = [program.schedule.lane_microbatches(lane) for lane, _ in held]
+        batches = batches_of(data_iterator, lanes, num_microbatches)
         recompute = self._recompute and not forward_only
-        mailbox = self._mailbox(program, config, seq_length, micro_batch_size, streams_of(chunks), groups)
+        mailbox = self._mailbox(config, seq_length, micro_batch_size, streams_of(chunks), groups)
         observers: list[Any] = self._tracing.observers(forward_only, pipeline.rank(), self._device)
         stages = {
             (lane, stage): ChunkStage(
@@ -174,10 +174,12 @@ class ForwardBackward:
                 stack.enter_context(stage.intercepted())
             if not forward_only:
                 stack.enter_context(gain_feedback(chunks))
-                stack.enter_context(_without_grad_sync(chunks, config))
-                _gather_parameters(chunks)
-                if not force_all_reduce and all(map(_reduces_early, chunks)):
-                    observers.append(self._early_reduction(program, pipeline.rank(), dict(zip(held, chunks)), config))
+                stack.enter_context(without_grad_sync(chunks, config))
+                start_gathers(chunks)
+                if not force_all_reduce and all(map(reduces_early, chunks)):
+                    by_place = dict(zip(held, chunks))
+                    early = early_reduction(program, pipeline.rank(), by_place, config, self._reduction, self._queues)
+                    observers.append(early)
             instructions = program.instructions[pipeline.rank()]
             execute(instructions, placement, stages, mailbox, observers, self._overlap, self._queues)
         for own in {id(b): b for b in batches if b is not None}.values():
@@ -227,6 +229,12 @@ class ForwardBackward:
                 self._chains[chunk] = decoder_chain(unwrap(chunk).decoder, self._block)
                 self._device = next(chunk.parameters()).device
                 install_deferral(chunk, self._reduction.landed)
+                if (head := getattr(unwrap(chunk), "output_layer", None)) is not None:
+                    self._reduction.computed_at_once.add(head.weight)  # by ChunkStage
+                for wrapper in wrappers(chunk):
+                    if hasattr(wrapper, "pg_collection"):
+                        # Float16Module asks it whether this is the last stage; without it, it asks as `acting_at` lets it.
+                        wrapper.pg_collection = None  # type: ignore[assignment]
         except ValueError as error:
             problem = str(error)
         raise_everywhere(problem)
@@ -239,24 +247,23 @@ class ForwardBackward:
         key = microbatches, forward_only
         if key not in self._programs:
             schedule = self.source.build(ranks, microbatches, forward_only)
-            self._programs[key] = compile(schedule, recompute=self._recompute and not forward_only, high=True)
+            program = compile(schedule, recompute=self._recompute and not forward_only, high=True)
+            self._connect(schedule.placement)
+            compare_neighbours({"schedule": digest(program.instructions)}, self._groups)
+            self._programs[key] = program
         return self._programs[key]
 
-    def _mailbox(
-        self, program: Program, config: Any, seq_length: int, micro_batch_size: int, streams: int, groups: Any
-    ) -> Mailbox:
+    def _mailbox(self, config: Any, seq_length: int, micro_batch_size: int, streams: int, groups: Any) -> Mailbox:
         """The messages of one shape: [s, b, n*C], s the share of a rank under context and sequence parallelism."""
         split = groups.cp.size() * (groups.tp.size() if config.sequence_parallel else 1)
         shape = (seq_length // split, micro_batch_size, config.hidden_size * streams)
         dtype = config.pipeline_dtype or config.params_dtype
-        if shape not in self._mailboxes:
-            self._connect(program)
-            facts = {"stage message": f"{shape} {dtype}", "schedule": digest(program.instructions)}
-            compare_neighbours(facts, self._groups)
-            self._mailboxes[shape] = Mailbox(self._groups, shape, dtype, self._device, self._timeout)
-        return self._mailboxes[shape]
+        if (shape, dtype) not in self._mailboxes:
+            compare_neighbours({"stage message": f"{shape} {dtype}"}, self._groups)
+            self._mailboxes[shape, dtype] = Mailbox(self._groups, shape, dtype, self._device, self._timeout)
+        return self._mailboxes[shape, dtype]
 
-    def _connect(self, program: Program) -> None:
+    def _connect(self, placement: Placement) -> None:
         """Makes the groups of stage messages, of all pipelines and in both directions."""
         if self._pipelines:
             return
@@ -264,71 +271,18 @@ class ForwardBackward:
         everyone: list[list[int]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
         self._pipelines = pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
-        table = program.schedule.placement.table
-        there = {(a, b) for lane in table for a, b in pairwise(lane) if a != b}
-        self._groups = edge_groups(pipelines, sorted(there | {(b, a) for a, b in there}))
+        there = {(a, b) for lane in placement.table for a, b in pairwise(lane) if a != b}
+        self._groups = edge_groups(pipelines, sorted(there | {(b, a) for a, b in there}), self._timeout)
         connect(self._groups, self._device)
         if dist.get_rank() == 0:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             for text in overlap_warnings(os.environ, ranks_here, os.cpu_count() or 1, self._device.type == "cuda"):
                 warnings.warn(f"pipehc: {text}", stacklevel=2)
 
-    def _early_reduction(self, program: Program, rank: int, chunks: dict[tuple[int, int], Any], config: Any) -> EarlyReduction:
-        """Sums the gradients of a chunk when its last weight gradient is there: bucket by bucket, or by the job's own function."""
-        functions = config.grad_sync_func
-        if functions is not None and not isinstance(functions, list):
-            functions = [functions] * len(chunks)
-
-        def join() -> None:
-            compute = self._queues["compute"]
-            for queue in self._queues.values():  # gradients of hyper-connections come from other queues
-                if queue is not compute:
-                    compute.wait(queue.event())
-
-        def start(held: tuple[int, int]) -> None:
-            join()
-            if functions is None:
-                self._reduction.start(chunks[held])
-            else:
-                functions[list(chunks).index(held)](chunks[held].parameters())
-
-        def expect(held: tuple[int, int]) -> None:
-            if functions is None:
-                join()
-                self._reduction.expect_last(chunks[held])
-
-        self._reduction.forget()
-        return EarlyReduction(program, rank, start, expect)
-
-
-def _reduces_early(chunk: nn.Module) -> bool:
-    return isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_grad_reduce
-
 
 def _scattered_losses(placement: Placement) -> bool:
     """Whether losses are computed elsewhere than on the last pipeline rank, where Megatron looks for them."""
     return {lane[-1] for lane in placement.table} != {placement.ranks - 1}
-
-
-@contextlib.contextmanager
-def _without_grad_sync(chunks: Sequence[Any], config: Any) -> Iterator[None]:
-    """No gradient starts its reduction by being counted: with weight gradients deferred, the last one to come is not the last
-    micro-batch's."""
-    functions = config.no_sync_func
-    if functions is None:
-        functions = [c.no_sync for c in chunks if isinstance(c, DistributedDataParallel)]
-    with contextlib.ExitStack() as stack:
-        for function in functions if isinstance(functions, list) else [functions]:
-            stack.enter_context(function())
-        yield
-
-
-def _gather_parameters(chunks: Sequence[Any]) -> None:
-    """Ends overlapped parameter gathers, if they are on: our nodes use parameters without asking the modules that own them."""
-    for chunk in chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.remove_forward_pre_hook_handles:
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def _gathered(reports: dict[int, Any], pipeline: dist.ProcessGroup, device: torch.device) -> dict[int, Any]:
