@@ -49,15 +49,15 @@ def losses(processes, arguments):
     return [(float(a), float(b)) for a, b in steps], float(validation[-1]) if validation else None
 
 
-def assert_same(found, expected, first=0):
+def assert_same(found, expected, first=0, rounding=1.0):
     """Iterations from `first` on. After a restart Megatron prints the mean since the last print, of which it knows but one."""
     steps, other = found[0], expected[0][first:]
     assert len(steps) == len(other)
     for k, (a, b) in enumerate(zip(steps, other)):
         if first and k == 1:
             b = ((other[0][0] + b[0]) / 2, b[1])
-        assert a[0] == pytest.approx(b[0], abs=3e-6) and a[1] == pytest.approx(b[1], abs=1.1e-3), (k, a, b)
-    assert found[1] == pytest.approx(expected[1], abs=5e-6)
+        assert a[0] == pytest.approx(b[0], abs=rounding * 3e-6) and a[1] == pytest.approx(b[1], abs=rounding * 1.1e-3), (k, a, b)
+    assert found[1] == pytest.approx(expected[1], abs=rounding * 5e-6)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,18 @@ EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall --expert-model-p
 )
 def test_other_jobs_under_dualpipe(arguments):
     """Layouts that draw their weights from other numbers, each against itself under Megatron's own schedule."""
-    assert_same(losses(4, arguments + "--schedule dualpipe"), losses(4, arguments))
+    # In bf16 gradients are rounded before they are summed, in another order.
+    rounding = 50 if "bf16" in arguments else 1
+    assert_same(losses(4, arguments + "--schedule dualpipe"), losses(4, arguments), rounding=rounding)
+
+
+@pytest.mark.slow
+def test_mixed_precision_at_the_turn_of_a_v():
+    """The last stage is on the first rank, where Megatron's wrappers would not look for it."""
+    arguments = PP2 + VPP2 + "--bf16 "
+    found = losses(2, arguments + "--schedule dualpipev")
+    assert_same(found, losses(2, arguments + "--schedule zbv"), rounding=50)
+    assert found[1] < found[0][0][0] - 0.1
 
 
 @pytest.mark.slow

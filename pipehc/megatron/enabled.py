@@ -156,6 +156,8 @@ class Enabled:
                             given["pg_collection"].pp = group
                         wrapped += original(lambda *_, _chunk=chunk, **__: _chunk, *args, **given)
             if hasattr(wrapped[0], "ddp_config"):
+                for chunk in wrapped:  # the optimizer wants one; --ddp-num-buckets made a bucket size for each
+                    chunk.ddp_config = wrapped[0].ddp_config
                 count_once(wrapped, held, get_model_config(wrapped[0]))
             return wrapped
 
