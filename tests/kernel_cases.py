@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipehc.kernels import manifolds
 from pipehc.kernels.language import tl, triton
-from pipehc.kernels.tiles import load_columns
+from pipehc.kernels.matrices import load_matrix, store_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Without a GPU the kernels run in Triton's interpreter."""
@@ -117,18 +117,17 @@ def map_kernel(
     BACKWARD: tl.constexpr,
     SETTINGS: tl.constexpr,
 ):
-    t = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
-    tokens = t < T
-    logits = load_columns(z, t, tokens, n * n)
+    N: tl.constexpr = triton.next_power_of_2(n)
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    here = rows < T
+    logits = load_matrix(z, rows, here, n * n, n, N)
     number = None
     if scalar is not None:
         number = tl.load(scalar)
-    mapped = MAP(logits, number, n, SETTINGS)
-    back, by_number = BACKWARD(logits, load_columns(grad, t, tokens, n * n), number, n, SETTINGS)
-    for e in tl.static_range(n * n):
-        tl.store(out + t * n * n + e, mapped[e], mask=tokens)
-        tl.store(d_z + t * n * n + e, back[e], mask=tokens)
-    tl.store(d_scalar + t, by_number, mask=tokens)
+    back, by_number = BACKWARD(logits, load_matrix(grad, rows, here, n * n, n, N), number, n, SETTINGS)
+    store_matrix(out, MAP(logits, number, n, SETTINGS), rows, here, n * n, n, N)
+    store_matrix(d_z, back, rows, here, n * n, n, N)
+    tl.store(d_scalar + rows, by_number, mask=here)
 
 
 def run_map(manifold: manifolds.Manifold, logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

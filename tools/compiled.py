@@ -15,8 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipehc.kernels.forward import map_constants, padded_columns
+from pipehc.kernels.forward import map_constants
+
 from pipehc.kernels.manifolds import Birkhoff, IdentityOffset, Manifold
+from pipehc.kernels.projection import padded_columns
 
 STREAMS = {"x", "f", "x_next", "y", "d_x", "d_f", "d_y", "d_x_next", "d_x_direct", "d_f_before"}
 INTEGERS = {"T", "C", "BLOCKS", "PARTS", "SIZE"}
@@ -45,18 +47,19 @@ def forms(manifold: Manifold | None = None) -> dict[str, Form]:
         ("post_res", "branch_backward_kernel"),
     ]:
         found[name] = Form(getattr(modules[module], name), dict(block))
-    found["parameter_sum_kernel"] = Form(modules["backward"].parameter_sum_kernel, {"n": n, "ALL": 32, "BLOCK": 1024})
+    found["parameter_sum_kernel"] = Form(modules["backward"].parameter_sum_kernel, {"n": n, "PADDED": 32, "BLOCK": 1024})
     for kind in (manifold,) if manifold is not None else (Birkhoff(), IdentityOffset()):
         shared = {
             **block,
             **map_constants(kind, ()),
-            "PADDED": padded_columns(n, kind.per_stream),
+            "PADDED": padded_columns(n),
             "PRECISION": "tf32",
+            "FENCE": True,
             **({"scalar": None, "d_scalar": None} if kind.scalar is None else {}),
         }
         to, back = kind.device_functions
-        forward = {**shared, "BC_PRE": 64, "MAP": to, "FENCE": True}
-        backward = {**shared, "ALL": 32, "MAP_BACKWARD": back, "d_x_direct": None, "d_pre": None, "d_post": None, "d_res": None}
+        forward = {**shared, "MAP": to}
+        backward = {**shared, "MAP_BACKWARD": back, "d_x_direct": None, "d_pre": None, "d_post": None, "d_res": None}
         alone = {"f": None, "h_post": None, "h_res": None, "x_next": None}
         kernels = modules["forward"].mapping_kernel, modules["backward"].mapping_backward_kernel
         title = type(kind).__name__
