@@ -58,7 +58,7 @@ def post_res_kernel(x, f, h_post, h_res, x_next, T, C, n: tl.constexpr, BT: tl.c
     for i in tl.static_range(n):
         out = post[i] * branch
         for j in tl.static_range(n):
-            out += res[i * n + j] * streams[j]
+            out += res[i * n + j] * streams[j].to(tl.float32)
         tl.store(x_next + t * (n * C) + i * C + c, out.to(x_next.dtype.element_ty), mask=inside)
 
 
@@ -77,22 +77,22 @@ def post_res_backward_kernel(
         inside = tokens & (c < C)
         grads = load_tiles(d_x_next, t, c, C, inside, n)
         branch = tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
-        grad_f = post[0] * grads[0]
-        new_post = (post_sums[0] + fold(grads[0] * branch),)
+        grad_f = post[0] * grads[0].to(tl.float32)
+        new_post = (post_sums[0] + fold(grads[0].to(tl.float32) * branch),)
         for i in tl.static_range(1, n):
-            grad_f += post[i] * grads[i]
-            new_post += (post_sums[i] + fold(grads[i] * branch),)
+            grad_f += post[i] * grads[i].to(tl.float32)
+            new_post += (post_sums[i] + fold(grads[i].to(tl.float32) * branch),)
         store_rounded(d_f + t * C + c, grad_f, inside)
         post_sums = new_post
         transposed = ()
         for j in tl.static_range(n):
             stream = tl.load(x + t * (n * C) + j * C + c, mask=inside, other=0.0).to(tl.float32)
-            out = res[j] * grads[0]
+            out = res[j] * grads[0].to(tl.float32)
             for i in tl.static_range(1, n):
-                out += res[i * n + j] * grads[i]
+                out += res[i * n + j] * grads[i].to(tl.float32)
             store_rounded(d_x + t * (n * C) + j * C + c, out, inside)
             for i in tl.static_range(n):
-                transposed += (res_sums[j * n + i] + fold(grads[i] * stream),)
+                transposed += (res_sums[j * n + i] + fold(grads[i].to(tl.float32) * stream),)
         res_sums = transposed
     for i in tl.static_range(n):
         tl.store(d_post + t * n + i, tl.sum(post_sums[i], 1, keep_dims=True), mask=tokens)
@@ -109,9 +109,9 @@ def branch_backward_kernel(h_post, d_x_next, d_f, T, C, n: tl.constexpr, BT: tl.
     inside = tokens & (c < C)
     post = load_columns(h_post, t, tokens, n)
     grads = load_tiles(d_x_next, t, c, C, inside, n)
-    out = post[0] * grads[0]
+    out = post[0] * grads[0].to(tl.float32)
     for i in tl.static_range(1, n):
-        out += post[i] * grads[i]
+        out += post[i] * grads[i].to(tl.float32)
     store_rounded(d_f + t * C + c, out, inside)
 
 

@@ -39,9 +39,9 @@ def pre_kernel(x, h_pre, y, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.cons
     inside = tokens & (c < C)
     weights = load_columns(h_pre, t, tokens, n)
     streams = load_tiles(x, t, c, C, inside, n)
-    out = weights[0] * streams[0]
+    out = weights[0] * streams[0].to(tl.float32)
     for j in tl.static_range(1, n):
-        out += weights[j] * streams[j]
+        out += weights[j] * streams[j].to(tl.float32)
     store_rounded(y + t * C + c, out, inside)
 
 
@@ -58,7 +58,7 @@ def pre_backward_kernel(x, h_pre, d_y, d_x, d_pre, T, C, n: tl.constexpr, BT: tl
         streams = load_tiles(x, t, c, C, inside, n)
         new_sums = ()
         for j in tl.static_range(n):
-            new_sums += (sums[j] + fold(grad * streams[j]),)
+            new_sums += (sums[j] + fold(grad * streams[j].to(tl.float32)),)
             store_rounded(d_x + t * (n * C) + j * C + c, weights[j] * grad, inside)
         sums = new_sums
     for j in tl.static_range(n):

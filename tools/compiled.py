@@ -19,6 +19,7 @@ from pipehc.kernels.forward import map_constants
 
 from pipehc.kernels.manifolds import Birkhoff, IdentityOffset, Manifold
 from pipehc.kernels.projection import padded_columns
+from pipehc.kernels.tiles import MAX_REGISTERS
 
 STREAMS = {"x", "f", "x_next", "y", "d_x", "d_f", "d_y", "d_x_next", "d_x_direct", "d_f_before"}
 INTEGERS = {"T", "C", "BLOCKS", "PARTS", "SIZE"}
@@ -47,12 +48,12 @@ def forms(manifold: Manifold | None = None) -> dict[str, Form]:
         ("post_res", "branch_backward_kernel"),
     ]:
         found[name] = Form(getattr(modules[module], name), dict(block))
-    found["parameter_sum_kernel"] = Form(modules["backward"].parameter_sum_kernel, {"n": n, "PADDED": 32, "BLOCK": 1024})
+    found["parameter_sum_kernel"] = Form(modules["backward"].parameter_sum_kernel, {"n": n, "BLOCK": 1024})
     for kind in (manifold,) if manifold is not None else (Birkhoff(), IdentityOffset()):
         shared = {
             **block,
             **map_constants(kind, ()),
-            "PADDED": padded_columns(n),
+            "PADDED": padded_columns(n, kind.per_stream),
             "PRECISION": "tf32",
             "FENCE": True,
             **({"scalar": None, "d_scalar": None} if kind.scalar is None else {}),
@@ -63,7 +64,7 @@ def forms(manifold: Manifold | None = None) -> dict[str, Form]:
         alone = {"f": None, "h_post": None, "h_res": None, "x_next": None}
         kernels = modules["forward"].mapping_kernel, modules["backward"].mapping_backward_kernel
         title = type(kind).__name__
-        two = {"num_warps": 4, "num_stages": 2}
+        two = {"num_warps": 4, "num_stages": 2, "maxnreg": MAX_REGISTERS}
         found[f"coefficients_pre {title}"] = Form(kernels[0], forward | alone, two)
         found[f"post_res_pre {title}"] = Form(kernels[0], forward, two)
         found[f"post_res_pre backward {title}"] = Form(kernels[1], backward, two)
