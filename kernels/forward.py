@@ -114,7 +114,7 @@ def mapping_kernel(
                 sums, squares = project(streams[i].to(tl.float32), sums, squares, phi, c, i, C, n, PADDED, PER_STREAM, PRECISION)
         else:
             # A loop at run time: unrolled, the streams made would be in flight all at once, in more registers than there are.
-            for i in range(n):
+            for i in tl.range(n, num_stages=1):
                 stream = tl.load(h_post + t * n + i, mask=tokens, other=0.0) * widened(branch, FENCE)
                 for j in tl.static_range(n):
                     stream += tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0) * widened(streams[j], FENCE)

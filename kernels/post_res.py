@@ -69,7 +69,6 @@ def post_res_backward_kernel(
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
     tokens = t < T
     post = load_columns(h_post, t, tokens, n)
-    res = load_columns(h_res, t, tokens, n * n)
     post_sums = zeros(n, BT, BC // 8)
     res_sums = zeros(n * n, BT, BC // 8)
     for first in range(0, C, BC):
@@ -87,9 +86,10 @@ def post_res_backward_kernel(
         transposed = ()
         for j in tl.static_range(n):
             stream = tl.load(x + t * (n * C) + j * C + c, mask=inside, other=0.0).to(tl.float32)
-            out = res[j] * grads[0].to(tl.float32)
-            for i in tl.static_range(1, n):
-                out += res[i * n + j] * grads[i].to(tl.float32)
+            # H_res is loaded where it is used, from L1: held over the loop it would take n*n registers.
+            out = tl.zeros([BT, BC], tl.float32)
+            for i in tl.static_range(n):
+                out += tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0) * grads[i].to(tl.float32)
             store_rounded(d_x + t * (n * C) + j * C + c, out, inside)
             for i in tl.static_range(n):
                 transposed += (res_sums[j * n + i] + fold(grads[i].to(tl.float32) * stream),)

@@ -51,7 +51,7 @@ def store_stream_gradient(
         grad_f = tl.zeros([BT, BC], tl.float32)
         # A loop at run time, with a bound the compiler cannot see through (C > 0): unrolled, the products of all streams would be in
         # flight, in more registers than there are.
-        for j in range(n + tl.minimum(C, 0)):
+        for j in tl.range(n + tl.minimum(C, 0), num_stages=None if PER_STREAM else 1):
             weights = load_weights(phi, c, j, C, n, PADDED, PER_STREAM)
             if PER_STREAM:
                 whole = tl.load(d_product + t * K + entry + j, mask=tokens & valid, other=0.0)
