@@ -19,7 +19,18 @@ from pipehc.kernels.maps import map_of
 from pipehc.kernels.matrices import store_matrix, store_vector
 from pipehc.kernels.projection import columns_of, load_weights, padded_columns, product_precision
 from pipehc.kernels.shapes import NORM_EPS
-from pipehc.kernels.tiles import MAX_REGISTERS, at_token, block_channels, fold, load_columns, load_tiles, opaque, store_rounded, widened, zeros
+from pipehc.kernels.tiles import (
+    MAX_REGISTERS,
+    at_token,
+    block_channels,
+    fold,
+    load_columns,
+    load_tiles,
+    opaque,
+    store_rounded,
+    widened,
+    zeros,
+)
 
 BLOCK_TOKENS = 16
 """Tokens of one program: the least rows of a matrix instruction, so that as many rows as possible stay in L2 between the sweeps."""

@@ -3,7 +3,7 @@
 
 from pipehc.kernels.language import tl, triton
 from pipehc.kernels.projection import columns_of, in_own_layout, load_weights
-from pipehc.kernels.tiles import at_token, load_tiles, opaque, store_rounded, widened
+from pipehc.kernels.tiles import at_token, store_rounded
 
 
 @triton.jit
@@ -49,11 +49,14 @@ def store_stream_gradient(
         at = c[None, :]
         inside = tokens & (at < C)
         grad_f = tl.zeros([BT, BC], tl.float32)
+        if PER_STREAM:
+            weights = load_weights(phi, c, 0, C, n, PADDED, PER_STREAM)
         # A loop at run time, with a bound the compiler cannot see through (C > 0): unrolled, the products of all streams would be in
         # flight, in more registers than there are.
-        for j in tl.range(n + tl.minimum(C, 0), num_stages=None if PER_STREAM else 1):
-            weights = load_weights(phi, c, j, C, n, PADDED, PER_STREAM)
-            if PER_STREAM:
+        for j in tl.range(n + tl.minimum(C, 0), num_stages=1):
+            if not PER_STREAM:
+                weights = load_weights(phi, c, j, C, n, PADDED, PER_STREAM)
+            else:
                 whole = tl.load(d_product + t * K + entry + j, mask=tokens & valid, other=0.0)
             out = in_own_layout(tl.dot(whole, tl.trans(weights), input_precision=PRECISION), FENCE)
             shrink = tl.load(shrinks + t * GROUPS + j % GROUPS, mask=tokens, other=0.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, TOLERANCE, all_manifolds, backend, compare, evaluate, make_inputs
 
-from pipehc.kernels import coefficients
+from pipehc.kernels import coefficients, pre
 from pipehc.kernels.manifolds import Birkhoff, Hybrid, IdentityOffset, Isometric
 
 KINDS = ["birkhoff", "isometric", "hybrid", "identity_offset", "harmonized"]
@@ -168,5 +168,8 @@ def test_choice_of_backend_is_checked():
     x, _, _, _, parameters = make_inputs(2, 3, 4, torch.float32)
     with backend("cuda"), pytest.raises(ValueError, match="PIPEHC_KERNELS='cuda': must be 'triton' or 'reference'"):
         coefficients(x, *parameters, manifold=Birkhoff())
-    with backend("triton"), pytest.raises(ValueError, match=r"n=3 streams of torch\.float64"):
+    with backend("triton"), pytest.raises(ValueError, match=r"n=3 streams of 4 channels in torch\.float64"):
         coefficients(x.double(), *parameters, manifold=Birkhoff())
+    wide, h_pre = torch.empty(0, 2, 2**26), torch.empty(0, 2)
+    with backend("triton"), pytest.raises(ValueError, match=r"67108864 channels .* n\*C < 134217728"):
+        pre(wide, h_pre)

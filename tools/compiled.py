@@ -46,7 +46,6 @@ def forms(manifold: Manifold | None = None) -> dict[str, Form]:
         ("pre", "pre_backward_kernel"),
         ("post_res", "post_res_kernel"),
         ("post_res", "post_res_backward_kernel"),
-        ("post_res", "branch_backward_kernel"),
     ]:
         found[name] = Form(getattr(modules[module], name), dict(block))
     found["parameter_sum_kernel"] = Form(modules["backward"].parameter_sum_kernel, {"n": n, "BLOCK": 1024})
