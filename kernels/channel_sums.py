@@ -35,6 +35,7 @@ def store_channel_sums(
         streams = load_tiles(x, t, c, C, inside, n)
         if f is not None:
             branch = tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
+            # The sums are added to by choice, so that the gradients of all streams need not be in registers together.
             for i in range(n):
                 grad = tl.load(d_x_next + t * (n * C) + i * C + c, mask=inside, other=0.0).to(tl.float32)
                 new_res, new_post = (), ()

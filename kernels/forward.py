@@ -50,7 +50,7 @@ def project(
     PER_STREAM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds channels c of stream i to its product with phi [BT, PADDED] and its sum of squares: those of stream i, or those of all."""
+    """Adds channels c of stream i to the product with phi [BT, PADDED] and the sum of squares: those of stream i, or of all."""
     weights = load_weights(phi, c, i, C, n, PADDED, PER_STREAM)
     square = fold(stream * stream)
     new_sums, new_squares = (), ()

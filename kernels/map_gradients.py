@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment,misc"
-"""Backward of the maps: from gradients of H_pre, H_post and H_res to those of the logits, and on through alpha, tanh and the norm."""
+"""Backward of the maps: from gradients of H_pre, H_post and H_res to the logits, and on through alpha, tanh and the norm."""
 
 from pipehc.kernels.language import tl, triton
 from pipehc.kernels.maps import load_logits, load_part, store_part, tanh

@@ -61,7 +61,7 @@ def diagonal(N: tl.constexpr):
 
 @triton.jit
 def product(x, y, n: tl.constexpr):
-    """Matrix products x y of [BT, N, N], by columns of x and rows of y: in the layout they are in, with no sum of n tiles at once."""
+    """Matrix products x y of [BT, N, N], by columns of x and rows of y: no layout changes, and no [BT, N, N, N] is ever held."""
     N: tl.constexpr = x.shape[1]
     i = tl.arange(0, N)
     out = tl.zeros_like(x)

@@ -51,8 +51,8 @@ def store_stream_gradient(
         grad_f = tl.zeros([BT, BC], tl.float32)
         if PER_STREAM:
             weights = load_weights(phi, c, 0, C, n, PADDED, PER_STREAM)
-        # A loop at run time, with a bound the compiler cannot see through (C > 0): unrolled, the products of all streams would be in
-        # flight, in more registers than there are.
+        # A loop at run time, with a bound that the compiler cannot see through (C > 0): unrolled, the products of all streams would
+        # be in flight, in more registers than there are. For the same reason d_x' and d_y are read again for every j, from L1.
         for j in tl.range(n + tl.minimum(C, 0), num_stages=1):
             if not PER_STREAM:
                 weights = load_weights(phi, c, j, C, n, PADDED, PER_STREAM)

@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements: only the last program of every launch runs, on memory of which only the end is ever touched."""
+"""Tensors of more than 2^31 elements: only the last program of a launch runs, on memory of which only the end is touched."""
 
 import pytest
 import torch
