@@ -3,7 +3,7 @@
 sweeps over their channels, with the maps in between.
 
 Sweep 1 makes the streams (mixing the previous sub-layer's, for post_res_pre), their product with phi on the matrix units and their
-norm. Then each token's n*n + 2n numbers become H_pre, H_post and H_res in registers. Sweep 2 reads the same rows again, from L2,
+norm. Then each token's n*n + 2n numbers become H_pre, H_post and H_res on chip. Sweep 2 reads the same rows again, from L2,
 for y; for post_res_pre it folds H_pre into the previous maps and reads x and f rather than the streams it has just written.
 """
 
@@ -15,55 +15,54 @@ from torch import Tensor
 
 from pipehc.kernels.language import INTERPRETED, check_launchable, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.maps import map_of
+from pipehc.kernels.matrices import store_matrix, store_vector
+from pipehc.kernels.projection import columns_of, load_weights, padded_columns, product_precision
 from pipehc.kernels.shapes import NORM_EPS
-from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
+from pipehc.kernels.tiles import (
+    MAX_REGISTERS,
+    at_token,
+    block_channels,
+    fold,
+    load_columns,
+    load_tiles,
+    opaque,
+    store_rounded,
+    widened,
+    zeros,
+)
 
 BLOCK_TOKENS = 16
 """Tokens of one program: the least rows of a matrix instruction, so that as many rows as possible stay in L2 between the sweeps."""
 
 
 @triton.jit
-def tanh(v):
-    """Also exact to rounding for small v, where 1 - exp(-2v) cancels."""
-    square = v * v
-    series = v * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0 - square * (62.0 / 2835.0)))))
-    e = tl.exp(-2.0 * tl.abs(v))
-    rational = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(v) < 0.3, series, tl.where(v < 0, -rational, rational))
-
-
-@triton.jit
-def logits_of(product, alpha, bias, n: tl.constexpr, PER_STREAM: tl.constexpr):
-    """Logits of every map from normalised products, as columns."""
-    logits = ()
-    for k in tl.static_range(n * n + 2 * n):
-        u = tanh(product[k]) if PER_STREAM else product[k]
-        logits += (tl.load(alpha + tl.minimum(k // n, 2)) * u + tl.load(bias + k),)
-    return logits
-
-
-@triton.jit
-def part(columns, start: tl.constexpr, count: tl.constexpr):
-    """A slice of a tuple of columns."""
-    out = ()
-    for k in tl.static_range(count):
-        out += (columns[start + k],)
-    return out
-
-
-@triton.jit
-def store_columns(pointer, columns, t, tokens, count: tl.constexpr):
-    """Columns to a contiguous [T, count] fp32 tensor."""
-    for k in tl.static_range(count):
-        tl.store(pointer + t * count + k, columns[k], mask=tokens)
-
-
-@triton.jit
-def separate(tile, FENCE: tl.constexpr):
-    """The tile, made opaque to the compiler, which would otherwise redo all that led to it in the operand layout of the product."""
-    if FENCE:
-        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=False, pack=1)
-    return tile
+def project(
+    stream,
+    sums,
+    squares,
+    phi,
+    c,
+    i,
+    C,
+    n: tl.constexpr,
+    PADDED: tl.constexpr,
+    PER_STREAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds channels c of stream i to the product with phi [BT, PADDED] and the sum of squares: those of stream i, or of all."""
+    weights = load_weights(phi, c, i, C, n, PADDED, PER_STREAM)
+    square = fold(stream * stream)
+    new_sums, new_squares = (), ()
+    if PER_STREAM:
+        one = tl.dot(stream, weights, input_precision=PRECISION)
+        for g in tl.static_range(n):
+            new_sums += (sums[g] + tl.where(i == g, one, 0.0),)
+            new_squares += (squares[g] + tl.where(i == g, square, 0.0),)
+    else:
+        new_sums += (tl.dot(stream, weights, sums[0], input_precision=PRECISION),)
+        new_squares += (squares[0] + square,)
+    return new_sums, new_squares
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -89,7 +88,6 @@ def mapping_kernel(
     PADDED: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
-    BC_PRE: tl.constexpr,
     PER_STREAM: tl.constexpr,
     MAP: tl.constexpr,
     SETTINGS: tl.constexpr,
@@ -99,19 +97,21 @@ def mapping_kernel(
     FENCE: tl.constexpr,
 ):
     """x_next is None for coefficients of x itself; y is None for coefficients alone. FIXED is a tuple of three flags."""
-    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    here = rows < T
-    t = rows[:, None]
-    tokens = t < T
-    k = tl.arange(0, PADDED)
     K: tl.constexpr = n * n + 2 * n
-    WIDTH: tl.constexpr = n + 2 if PER_STREAM else K
+    N: tl.constexpr = triton.next_power_of_2(n)
     GROUPS: tl.constexpr = n if PER_STREAM else 1
-    if x_next is not None:
-        post = load_columns(h_post, t, tokens, n)
-        res = load_columns(h_res, t, tokens, n * n)
+    token = tl.program_id(0) * BT
+    x, x_next = at_token(x, token, n * C), at_token(x_next, token, n * C)
+    f, y = at_token(f, token, C), at_token(y, token, C)
+    h_post, h_res = at_token(h_post, token, n), at_token(h_res, token, n * n)
+    pre_out, post_out, res_out = at_token(pre_out, token, n), at_token(post_out, token, n), at_token(res_out, token, n * n)
+    product, inverse_rms = at_token(product, token, K), at_token(inverse_rms, token, GROUPS)
+    rows = tl.arange(0, BT)
+    here = rows < T - token
+    t = rows[:, None]
+    tokens = here[:, None]
 
-    # Sweep 1: product with phi and sum of squares.
+    # Sweep 1: product with phi and sums of squares.
     sums = zeros(GROUPS, BT, PADDED)
     squares = zeros(GROUPS, BT, BC // 8)
     for first in range(0, C, BC):
@@ -119,89 +119,63 @@ def mapping_kernel(
         inside = tokens & (c < C)[None, :]
         streams = load_tiles(x, t, c[None, :], C, inside, n)
         if x_next is not None:
-            branch = tl.load(f + t * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        new_sums, new_squares = (), ()
-        total = sums[0]
-        square = squares[0]
-        for i in tl.static_range(n):
-            stream = streams[i]
-            if x_next is not None:
-                stream = post[i] * branch
+            branch = tl.load(f + t * C + c[None, :], mask=inside, other=0.0)
+        if x_next is None:
+            for i in tl.static_range(n):
+                sums, squares = project(streams[i].to(tl.float32), sums, squares, phi, c, i, C, n, PADDED, PER_STREAM, PRECISION)
+        else:
+            # A loop at run time: unrolled, the streams made would be in flight all at once, in more registers than there are.
+            for i in tl.range(n, num_stages=1):
+                stream = tl.load(h_post + t * n + i, mask=tokens, other=0.0) * widened(branch, FENCE)
                 for j in tl.static_range(n):
-                    stream += res[i * n + j] * streams[j]
+                    stream += tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0) * widened(streams[j], FENCE)
                 stream = stream.to(x_next.dtype.element_ty)
                 tl.store(x_next + t * (n * C) + i * C + c[None, :], stream, mask=inside)
-                stream = separate(stream.to(tl.float32), FENCE)
-            row = c if PER_STREAM else i * C + c
-            weights = tl.load(phi + row[:, None] * WIDTH + k[None, :], mask=(c < C)[:, None] & (k < WIDTH)[None, :], other=0.0)
-            if PER_STREAM:
-                new_sums += (tl.dot(stream, weights, sums[i], input_precision=PRECISION),)
-                new_squares += (squares[i] + fold(stream * stream),)
-            else:
-                total = tl.dot(stream, weights, total, input_precision=PRECISION)
-                square += fold(stream * stream)
-        sums = new_sums if PER_STREAM else (total,)
-        squares = new_squares if PER_STREAM else (square,)
+                # Opaque, or all of the above would be done again in the layout of the product's operand.
+                stream = opaque(stream.to(tl.float32), FENCE)
+                sums, squares = project(stream, sums, squares, phi, c, i, C, n, PADDED, PER_STREAM, PRECISION)
 
-    # Between the layout of the product and one number per thread lies the store that backward needs anyway.
+    # Between the layout of the product and that of the maps lies the store that backward needs anyway.
     for g in tl.static_range(GROUPS):
         inverse = tl.rsqrt(tl.sum(squares[g], 1) / (C if PER_STREAM else n * C) + EPS)
         tl.store(inverse_rms + rows * GROUPS + g, inverse, mask=here)
-        column = k * n + g if PER_STREAM else k
-        tl.store(product + t * K + column[None, :], sums[g] * inverse[:, None], mask=tokens & (k < WIDTH)[None, :])
+        entry, valid = columns_of(g, n, PADDED, PER_STREAM)
+        tl.store(product + t * K + entry, sums[g] * inverse[:, None], mask=tokens & valid)
     tl.debug_barrier()
-    logits = logits_of(load_columns(product, t, tokens, K), alpha, bias, n, PER_STREAM)
     number = None
     if scalar is not None:
         number = tl.load(scalar)
-    pre_new, post_new, res_new = (), (), ()
-    for j in tl.static_range(n):
-        pre_j = logits[j] if PER_STREAM else tl.sigmoid(logits[j])
-        post_j = logits[n + j] if PER_STREAM else 2.0 * tl.sigmoid(logits[n + j])
-        pre_new += (tl.zeros_like(pre_j) + 1.0 / n if FIXED[0] else pre_j,)
-        post_new += (tl.zeros_like(post_j) + 1.0 if FIXED[1] else post_j,)
-        for i in tl.static_range(n):
-            res_new += (tl.zeros_like(pre_j) + (1.0 if i == j else 0.0),)
-    if not FIXED[2]:
-        res_new = MAP(part(logits, 2 * n, n * n), number, n, SETTINGS)
-    store_columns(pre_out, pre_new, t, tokens, n)
-    store_columns(post_out, post_new, t, tokens, n)
-    store_columns(res_out, res_new, t, tokens, n * n)
+    pre = map_of(product, alpha, bias, number, rows, here, 0, n, N, PER_STREAM, MAP, SETTINGS, FIXED)
+    store_vector(pre_out, pre, rows, here, n, n, N)
+    post = map_of(product, alpha, bias, number, rows, here, 1, n, N, PER_STREAM, MAP, SETTINGS, FIXED)
+    store_vector(post_out, post, rows, here, n, n, N)
+    res = map_of(product, alpha, bias, number, rows, here, 2, n, N, PER_STREAM, MAP, SETTINGS, FIXED)
+    store_matrix(res_out, res, rows, here, n * n, n, N)
+    tl.debug_barrier()
 
     # Sweep 2: y = H_pre x.
     if y is not None:
-        weights_of = pre_new
-        weight_of_f = tl.zeros_like(pre_new[0])
+        weights = load_columns(pre_out, t, tokens, n)
+        weight_of_f = tl.zeros([BT, 1], tl.float32)
         if x_next is not None:
-            post = load_columns(h_post, t, tokens, n)
-            res = load_columns(h_res, t, tokens, n * n)
-            weights_of = ()
+            new_weights = ()
             for j in tl.static_range(n):
-                weight = tl.zeros_like(weight_of_f)
+                weight = tl.zeros([BT, 1], tl.float32)
                 for i in tl.static_range(n):
-                    weight += pre_new[i] * res[i * n + j]
-                weights_of += (weight,)
-                weight_of_f += pre_new[j] * post[j]
-        for first in range(0, C, BC_PRE):
-            c = first + tl.arange(0, BC_PRE)[None, :]
+                    weight += weights[i] * tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0)
+                new_weights += (weight,)
+                weight_of_f += weights[j] * tl.load(h_post + t * n + j, mask=tokens, other=0.0)
+            weights = new_weights
+        for first in range(0, C, BC):
+            c = first + tl.arange(0, BC)[None, :]
             inside = tokens & (c < C)
             streams = load_tiles(x, t, c, C, inside, n)
-            out = weights_of[0] * streams[0]
+            out = weights[0] * streams[0].to(tl.float32)
             for j in tl.static_range(1, n):
-                out += weights_of[j] * streams[j]
+                out += weights[j] * streams[j].to(tl.float32)
             if x_next is not None:
                 out += weight_of_f * tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
             store_rounded(y + t * C + c, out, inside)
-
-
-def padded_columns(n: int, per_stream: bool) -> int:
-    """Columns of phi in a tile of the product: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(n + 2 if per_stream else n * n + 2 * n))
-
-
-def product_precision(dtype: torch.dtype) -> str:
-    """tf32 holds bf16 and fp16 streams exactly and rounds phi (paper, eq. 10); three products give fp32 streams fp32's accuracy."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def launch_mapping(
@@ -232,7 +206,6 @@ def launch_mapping(
     if previous is not None:
         out["x_next"] = torch.empty_like(x)
     if tokens:
-        block = block_channels(n)
         mapping_kernel[(triton.cdiv(tokens, BLOCK_TOKENS),)](
             x,
             f,
@@ -254,13 +227,13 @@ def launch_mapping(
             n=n,
             PADDED=padded_columns(n, manifold.per_stream),
             BT=BLOCK_TOKENS,
-            BC=block,
-            BC_PRE=block,
+            BC=block_channels(n),
             **map_constants(manifold, fixed),
             MAP=manifold.device_functions[0],
             PRECISION=product_precision(x.dtype),
             FENCE=not INTERPRETED,
             num_warps=4,
+            maxnreg=MAX_REGISTERS,
             num_stages=2,
         )
     return out

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipehc.kernels import manifolds
 from pipehc.kernels.language import tl, triton
-from pipehc.kernels.tiles import load_columns
+from pipehc.kernels.matrices import load_matrix, store_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Without a GPU the kernels run in Triton's interpreter."""
@@ -89,6 +89,30 @@ def make_inputs(
     return x, f, h_post, h_res, parts
 
 
+ADVERSARIAL = ("huge", "tiny", "constant", "zero", "one_hot")
+
+
+def adversarial(kind: str, x: Tensor, f: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Streams that are huge, tiny, equal in all channels or zero in some tokens, or logits of H_res that are a permutation of +-50."""
+    n = x.shape[1]
+    phi, alpha, bias = parameters
+    if kind == "huge":
+        x, f = x * 1e15, f * 1e15
+    elif kind == "tiny":
+        x, f = x * 1e-12, f * 1e-12
+    elif kind == "constant":
+        x = x[:, :, :1].expand_as(x).contiguous()
+        x[0] = 3.0
+    elif kind == "zero":
+        # Only zeros: beside their gradient, 1e10 times the others', a relative error would not see the others.
+        x = torch.zeros_like(x)
+    else:
+        one_hot = torch.eye(n).roll(1, 0) * 100 - 50
+        bias = torch.cat([bias[: 2 * n], one_hot.flatten()])
+        bias[0], bias[n] = 50.0, -50.0
+    return x, f, [phi, alpha, bias]
+
+
 def all_manifolds() -> dict[str, manifolds.Manifold]:
     """One of each, with scalars that make every part count."""
     return {
@@ -117,18 +141,17 @@ def map_kernel(
     BACKWARD: tl.constexpr,
     SETTINGS: tl.constexpr,
 ):
-    t = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
-    tokens = t < T
-    logits = load_columns(z, t, tokens, n * n)
+    N: tl.constexpr = triton.next_power_of_2(n)
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    here = rows < T
+    logits = load_matrix(z, rows, here, n * n, n, N)
     number = None
     if scalar is not None:
         number = tl.load(scalar)
-    mapped = MAP(logits, number, n, SETTINGS)
-    back, by_number = BACKWARD(logits, load_columns(grad, t, tokens, n * n), number, n, SETTINGS)
-    for e in tl.static_range(n * n):
-        tl.store(out + t * n * n + e, mapped[e], mask=tokens)
-        tl.store(d_z + t * n * n + e, back[e], mask=tokens)
-    tl.store(d_scalar + t, by_number, mask=tokens)
+    back, by_number = BACKWARD(logits, load_matrix(grad, rows, here, n * n, n, N), number, n, SETTINGS)
+    store_matrix(out, MAP(logits, number, n, SETTINGS), rows, here, n * n, n, N)
+    store_matrix(d_z, back, rows, here, n * n, n, N)
+    tl.store(d_scalar + rows, by_number, mask=here)
 
 
 def run_map(manifold: manifolds.Manifold, logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

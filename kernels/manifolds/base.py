@@ -31,10 +31,11 @@ class Manifold(ABC):
     @property
     @abstractmethod
     def device_functions(self) -> tuple[Any, Any]:
-        """Triton functions of the same map and its gradient. z, grad: tuples of n*n columns, row-major; scalar: fp32 or None.
+        """Triton functions of the same map and its gradient. z, grad: [BT, N, N] fp32, N the power of two from n on, zero beyond
+        n, where what they return counts for nothing but must be finite (matrices.py); scalar: fp32 or None.
 
-        map(z, scalar, n, SETTINGS) -> tuple of n*n columns
-        backward(z, grad, scalar, n, SETTINGS) -> (gradient by z, gradient by the scalar as a column)
+        map(z, scalar, n, SETTINGS) -> H_res [BT, N, N]
+        backward(z, grad, scalar, n, SETTINGS) -> (gradient by z [BT, N, N], gradient by the scalar [BT])
         """
 
     @property

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from pipehc.kernels.language import tl, triton
 from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.matrices import diagonal, inside
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,144 +95,90 @@ def _iterate(logits: Tensor, iterations: int, keep_sums: bool) -> tuple[Tensor, 
 
 
 # The kernels write iteration t >= 2 as M = diag(r) K diag(c) with K the result of the first: c = 1 / K^T r, then r = 1 / K c. The
-# state is then r alone. Backward needs every (r, c) once, last to first: it holds two of them and recomputes the ones before.
+# state is then r alone. Backward needs every (r, c) once, last to first: it holds a segment of them and recomputes those before.
+# Beyond n a matrix is continued by the identity, which every step leaves as it is: no sum is zero.
 
 
 @triton.jit
 def sinkhorn(z, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
     k, _ = _first_iteration(z, n)
-    r = _ones(z, n)
-    c = _ones(z, n)
-    for _ in range(SETTINGS[0] - 1):
-        c = _column_scales(k, r, n)
-        r = _row_scales(k, c, n)
-    return _scaled(k, r, c, n)
+    r, c = _iterations(k, SETTINGS[0] - 1)
+    return r * k * c
 
 
 @triton.jit
 def sinkhorn_backward(z, grad, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
     k, row_sums = _first_iteration(z, n)
-    m = sinkhorn(z, scalar, n, SETTINGS)
-    p = ()
-    for e in tl.static_range(n * n):
-        p += (grad[e] * m[e],)
-    segment: tl.constexpr = 2
+    r, c = _iterations(k, SETTINGS[0] - 1)
+    p = grad * (r * k * c)
+    segment: tl.constexpr = 4
     full: tl.constexpr = (SETTINGS[0] - 1) // segment
     rest: tl.constexpr = (SETTINGS[0] - 1) % segment
     if rest > 0:
-        p = _reverse(k, p, full * segment, rest, n)
+        p = _reverse(k, p, full * segment, rest)
     for s in range(full):
-        p = _reverse(k, p, (full - 1 - s) * segment, segment, n)
-    p = _through_rows(p, k, n)
-    return _through_columns(p, _scaled(k, row_sums, _ones(z, n), n), n), tl.zeros_like(z[0])
-
-
-@triton.jit
-def _reverse(k, p, start, count: tl.constexpr, n: tl.constexpr):
-    """p = dL/dlog M from after iteration start + count back to after iteration start."""
-    r = _ones(k, n)
-    for _ in range(start):
-        r = _row_scales(k, _column_scales(k, r, n), n)
-    rows, columns = (r,), ()
-    for s in tl.static_range(count):
-        c = _column_scales(k, rows[s], n)
-        columns += (c,)
-        rows += (_row_scales(k, c, n),)
-    for s in tl.static_range(count):
-        c = columns[count - 1 - s]
-        p = _through_rows(p, _scaled(k, rows[count - s], c, n), n)
-        p = _through_columns(p, _scaled(k, rows[count - 1 - s], c, n), n)
-    return p
+        p = _reverse(k, p, (full - 1 - s) * segment, segment)
+    p = _through_rows(p, k)
+    return _through_columns(p, k * row_sums), tl.zeros([z.shape[0]], tl.float32)
 
 
 @triton.jit
 def _first_iteration(z, n: tl.constexpr):
     """The result, and the row sums it divided by; on logarithms, see `_iterate`."""
-    logs = ()
-    for j in tl.static_range(n):
-        top = z[j]
-        for i in tl.static_range(1, n):
-            top = tl.maximum(top, z[i * n + j])
-        total = tl.zeros_like(top)
-        for i in tl.static_range(n):
-            total += tl.exp(z[i * n + j] - top)
-        logs += (top + tl.log(total),)
-    after_rows, row_sums = (), ()
-    for i in tl.static_range(n):
-        top = z[i * n] - logs[0]
-        for j in tl.static_range(1, n):
-            top = tl.maximum(top, z[i * n + j] - logs[j])
-        total = tl.zeros_like(top)
-        for j in tl.static_range(n):
-            total += tl.exp(z[i * n + j] - logs[j] - top)
-        for j in tl.static_range(n):
-            after_rows += (tl.exp(z[i * n + j] - logs[j] - top) / total,)
-        row_sums += (tl.exp(top) * total,)
-    return after_rows, row_sums
+    N: tl.constexpr = z.shape[1]
+    if n < N:
+        z = tl.where(inside(n, N), z, tl.where(diagonal(N), 0.0, float("-inf")))
+    top = tl.max(z, 1, keep_dims=True)
+    z -= top + tl.log(tl.sum(tl.exp(z - top), 1, keep_dims=True))
+    top = tl.max(z, 2, keep_dims=True)
+    k = tl.exp(z - top)
+    sums = tl.sum(k, 2, keep_dims=True)
+    return k / sums, tl.exp(top) * sums
 
 
 @triton.jit
-def _ones(like, n: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(n):
-        out += (tl.zeros_like(like[0]) + 1.0,)
-    return out
+def _column_scales(k, r):
+    return 1.0 / tl.sum(r * k, 1, keep_dims=True)
 
 
 @triton.jit
-def _column_scales(k, r, n: tl.constexpr):
-    out = ()
-    for j in tl.static_range(n):
-        total = r[0] * k[j]
-        for i in tl.static_range(1, n):
-            total += r[i] * k[i * n + j]
-        out += (1.0 / total,)
-    return out
+def _row_scales(k, c):
+    return 1.0 / tl.sum(k * c, 2, keep_dims=True)
 
 
 @triton.jit
-def _row_scales(k, c, n: tl.constexpr):
-    out = ()
-    for i in tl.static_range(n):
-        total = k[i * n] * c[0]
-        for j in tl.static_range(1, n):
-            total += k[i * n + j] * c[j]
-        out += (1.0 / total,)
-    return out
+def _iterations(k, count):
+    """Row and column scales after `count` iterations from K on."""
+    r = tl.zeros([k.shape[0], k.shape[1], 1], tl.float32) + 1.0
+    c = tl.zeros([k.shape[0], 1, k.shape[1]], tl.float32) + 1.0
+    for _ in range(count):
+        c = _column_scales(k, r)
+        r = _row_scales(k, c)
+    return r, c
 
 
 @triton.jit
-def _scaled(k, r, c, n: tl.constexpr):
-    out = ()
-    for i in tl.static_range(n):
-        for j in tl.static_range(n):
-            out += (r[i] * k[i * n + j] * c[j],)
-    return out
+def _reverse(k, p, start, count: tl.constexpr):
+    """p = dL/dlog M from after iteration start + count back to after iteration start, both counted from K on."""
+    r, _ = _iterations(k, start)
+    rows, columns = (r,), ()
+    for s in tl.static_range(count):
+        c = _column_scales(k, rows[s])
+        columns += (c,)
+        rows += (_row_scales(k, c),)
+    for s in tl.static_range(count):
+        c = columns[count - 1 - s]
+        p = _through_rows(p, rows[count - s] * k * c)
+        p = _through_columns(p, rows[count - 1 - s] * k * c)
+    return p
 
 
 @triton.jit
-def _through_rows(p, m, n: tl.constexpr):
+def _through_rows(p, m):
     """dL/dlog before a row step from dL/dlog after it, with m its result."""
-    out = ()
-    for i in tl.static_range(n):
-        total = p[i * n]
-        for j in tl.static_range(1, n):
-            total += p[i * n + j]
-        for j in tl.static_range(n):
-            out += (p[i * n + j] - m[i * n + j] * total,)
-    return out
+    return p - m * tl.sum(p, 2, keep_dims=True)
 
 
 @triton.jit
-def _through_columns(p, m, n: tl.constexpr):
-    totals = ()
-    for j in tl.static_range(n):
-        total = p[j]
-        for i in tl.static_range(1, n):
-            total += p[i * n + j]
-        totals += (total,)
-    out = ()
-    for i in tl.static_range(n):
-        for j in tl.static_range(n):
-            out += (p[i * n + j] - m[i * n + j] * totals[j],)
-    return out
+def _through_columns(p, m):
+    return p - m * tl.sum(p, 1, keep_dims=True)

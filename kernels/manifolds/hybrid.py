@@ -13,6 +13,7 @@ from pipehc.kernels.language import tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.manifolds.birkhoff import Birkhoff, sinkhorn, sinkhorn_backward
 from pipehc.kernels.manifolds.isometric import Isometric, retract, retract_backward
+from pipehc.kernels.matrices import total
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,25 +49,14 @@ class Hybrid(Manifold):
 def blend(z, share, n: tl.constexpr, SETTINGS: tl.constexpr):
     birkhoff = sinkhorn(z, None, n, (SETTINGS[0],))
     isometric = retract(z, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
-    out = ()
-    for k in tl.static_range(n * n):
-        out += (isometric[k] + share * (birkhoff[k] - isometric[k]),)
-    return out
+    return isometric + share * (birkhoff - isometric)
 
 
 @triton.jit
 def blend_backward(z, grad, share, n: tl.constexpr, SETTINGS: tl.constexpr):
     birkhoff = sinkhorn(z, None, n, (SETTINGS[0],))
     isometric = retract(z, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
-    d_share = tl.zeros_like(z[0])
-    to_birkhoff, to_isometric = (), ()
-    for k in tl.static_range(n * n):
-        d_share += grad[k] * (birkhoff[k] - isometric[k])
-        to_birkhoff += (share * grad[k],)
-        to_isometric += (grad[k] - share * grad[k],)
-    from_birkhoff, _ = sinkhorn_backward(z, to_birkhoff, None, n, (SETTINGS[0],))
-    from_isometric, _ = retract_backward(z, to_isometric, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
-    out = ()
-    for k in tl.static_range(n * n):
-        out += (from_birkhoff[k] + from_isometric[k],)
-    return out, d_share
+    d_share = total(grad * (birkhoff - isometric))
+    from_birkhoff, _ = sinkhorn_backward(z, share * grad, None, n, (SETTINGS[0],))
+    from_isometric, _ = retract_backward(z, grad - share * grad, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
+    return from_birkhoff + from_isometric, d_share

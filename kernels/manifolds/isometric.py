@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from pipehc.kernels.language import tl, triton
 from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.matrices import inside, product, total, transposed
 
 NORM_EPS = 1e-20
 
@@ -139,15 +140,14 @@ def _start(centred: Tensor) -> Tensor:
 @triton.jit
 def retract(z, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
     centred = _centre(z, n)
-    x = _begin(centred, _frobenius(centred, n), n, SETTINGS)
-    x, _, _ = _advance(x, SETTINGS[0], n, SETTINGS)
+    x, _, _ = _advance(_begin(centred, _frobenius(centred), n, SETTINGS), SETTINGS[0], n, SETTINGS)
     return x
 
 
 @triton.jit
 def retract_backward(z, grad, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
     centred = _centre(z, n)
-    norm = _frobenius(centred, n)
+    norm = _frobenius(centred)
     start = _begin(centred, norm, n, SETTINGS)
     segment: tl.constexpr = 2
     full: tl.constexpr = SETTINGS[0] // segment
@@ -157,15 +157,9 @@ def retract_backward(z, grad, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
     for s in range(full):
         grad = _back_through(start, grad, (full - 1 - s) * segment, segment, n, SETTINGS)
     grad = _centre(grad, n)
-    radial = tl.zeros_like(norm)
-    for e in tl.static_range(n * n):
-        radial += grad[e] * centred[e]
     # Divided one after the other: the square of a tiny norm would underflow.
-    radial = radial / norm / norm
-    out = ()
-    for e in tl.static_range(n * n):
-        out += (SETTINGS[3] * (grad[e] - centred[e] * radial) / norm,)
-    return out, tl.zeros_like(norm)
+    radial = total(grad * centred)[:, None, None] / norm / norm
+    return SETTINGS[3] * (grad - centred * radial) / norm, tl.zeros([z.shape[0]], tl.float32)
 
 
 @triton.jit
@@ -177,22 +171,13 @@ def _back_through(start, grad, first, count: tl.constexpr, n: tl.constexpr, SETT
         a, b, low, high = _factors(low, high, SETTINGS)
         iterates += (x,)
         factors += ((a, b),)
-        x = _combine(x, _product(x, _gram(x, n), n), a, b, n)
+        x = a * x - b * product(x, product(transposed(x), x, n), n)
     for s in tl.static_range(count):
         x = iterates[count - 1 - s]
         a = factors[count - 1 - s][0]
         b = factors[count - 1 - s][1]
-        w = _transposed_product(x, grad, n)
-        symmetric = ()
-        for i in tl.static_range(n):
-            for j in tl.static_range(n):
-                symmetric += (w[i * n + j] + w[j * n + i],)
-        cubic = _product(grad, _gram(x, n), n)
-        other = _product(x, symmetric, n)
-        new = ()
-        for e in tl.static_range(n * n):
-            new += (a * grad[e] - b * (cubic[e] + other[e]),)
-        grad = new
+        w = product(transposed(x), grad, n)
+        grad = a * grad - b * (product(grad, product(transposed(x), x, n), n) + product(x, w + transposed(w), n))
     return grad
 
 
@@ -202,7 +187,7 @@ def _advance(x, steps, n: tl.constexpr, SETTINGS: tl.constexpr):
     high = tl.full([], SETTINGS[3], tl.float32)
     for _ in range(steps):
         a, b, low, high = _factors(low, high, SETTINGS)
-        x = _combine(x, _product(x, _gram(x, n), n), a, b, n)
+        x = a * x - b * product(x, product(transposed(x), x, n), n)
     return x, low, high
 
 
@@ -219,77 +204,20 @@ def _factors(low, high, SETTINGS: tl.constexpr):
 
 
 @triton.jit
-def _combine(x, cubed, a, b, n: tl.constexpr):
-    out = ()
-    for e in tl.static_range(n * n):
-        out += (a * x[e] - b * cubed[e],)
-    return out
-
-
-@triton.jit
-def _product(x, y, n: tl.constexpr):
-    out = ()
-    for i in tl.static_range(n):
-        for j in tl.static_range(n):
-            total = x[i * n] * y[j]
-            for k in tl.static_range(1, n):
-                total += x[i * n + k] * y[k * n + j]
-            out += (total,)
-    return out
-
-
-@triton.jit
-def _transposed_product(x, y, n: tl.constexpr):
-    out = ()
-    for i in tl.static_range(n):
-        for j in tl.static_range(n):
-            total = x[i] * y[j]
-            for k in tl.static_range(1, n):
-                total += x[k * n + i] * y[k * n + j]
-            out += (total,)
-    return out
-
-
-@triton.jit
-def _gram(x, n: tl.constexpr):
-    return _transposed_product(x, x, n)
-
-
-@triton.jit
 def _centre(z, n: tl.constexpr):
-    return _centre_once(_centre_once(z, n), n)
+    own = inside(n, z.shape[1])
+    for _ in tl.static_range(2):
+        rows = tl.sum(z, 2, keep_dims=True) / n
+        columns = tl.sum(z, 1, keep_dims=True) / n
+        z = tl.where(own, z - rows - columns + tl.sum(columns, 2, keep_dims=True) / n, 0.0)
+    return z
 
 
 @triton.jit
-def _centre_once(z, n: tl.constexpr):
-    row_means, column_means = (), ()
-    mean = tl.zeros_like(z[0])
-    for i in tl.static_range(n):
-        by_row, by_column = tl.zeros_like(mean), tl.zeros_like(mean)
-        for j in tl.static_range(n):
-            by_row += z[i * n + j] / n
-            by_column += z[j * n + i] / n
-        row_means += (by_row,)
-        column_means += (by_column,)
-        mean += by_row / n
-    out = ()
-    for i in tl.static_range(n):
-        for j in tl.static_range(n):
-            out += (z[i * n + j] - row_means[i] - column_means[j] + mean,)
-    return out
-
-
-@triton.jit
-def _frobenius(centred, n: tl.constexpr):
-    total = tl.zeros_like(centred[0])
-    for e in tl.static_range(n * n):
-        total += centred[e] * centred[e]
-    return tl.sqrt(total + 1e-20)
+def _frobenius(centred):
+    return tl.sqrt(total(centred * centred) + 1e-20)[:, None, None]
 
 
 @triton.jit
 def _begin(centred, norm, n: tl.constexpr, SETTINGS: tl.constexpr):
-    out = ()
-    for e in tl.static_range(n * n):
-        out += (SETTINGS[3] * centred[e] / norm + 1.0 / n,)
-    return out
+    return tl.where(inside(n, centred.shape[1]), SETTINGS[3] * centred / norm + 1.0 / n, 0.0)
