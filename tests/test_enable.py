@@ -135,4 +135,9 @@ def test_checkpoints_go_both_ways(plain, tmp_path, options):
     losses(2, stop + "dual --schedule dualpipe")
     assert_same(losses(2, f"{PP2}{options}--load {tmp_path}/dual"), plain, first=3)
     if options:
-        assert_same(losses(2, f"{PP2}{VPP2}{options}--schedule dualpipev --load {tmp_path}/plain"), plain, first=3)
+        vee = f"{PP2}{VPP2}{options}--schedule dualpipev "
+        assert_same(losses(2, f"{vee}--load {tmp_path}/plain"), plain, first=3)
+        at_four = f"--train-iters 6 --exit-interval 4 --save-interval 4 --save {tmp_path}/vee --load {tmp_path}/plain"
+        losses(2, vee + at_four)
+        found, validation = losses(2, f"{PP2}{options}--load {tmp_path}/vee")
+        assert len(found) == 2 and validation == pytest.approx(plain[1], abs=5e-6)

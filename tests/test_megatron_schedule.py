@@ -88,6 +88,15 @@ def test_equals_megatrons_own_schedule(reference, processes, arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"pp": 2, "tp": 2}], ids=str)
+def test_dropout_draws_the_numbers_that_it_would_have(layout):
+    """The same ones where the forwards of a rank keep their order; with sequence parallelism, others on every tensor rank."""
+    arguments = layout | {"options": {"hidden_dropout": 0.2}}
+    processes = layout["pp"] * layout.get("tp", 1)
+    check(run_ranks(train, processes, arguments, timeout=240)[0], processes, schedule="1f1b", **arguments)
+
+
+@pytest.mark.slow
 def test_tied_embeddings_over_one_lane():
     arguments = {"pp": 2, "model_options": {"share_embeddings_and_output_weights": True}}
     check(run_ranks(train, 2, arguments, timeout=240)[0], 2, schedule="1f1b", **arguments)
