@@ -17,25 +17,13 @@ from pipehc.megatron.job_refusals import refuse_job
 from pipehc.megatron.mirror import count_once, gradient_groups
 from pipehc.megatron.model_chunks import build_chunks
 from pipehc.megatron.position import acting_at, held_stages, megatron_place
-from pipehc.megatron.schedule import forward_backward_func
-from pipehc.megatron.source import ScheduleSource, source_of
+from pipehc.megatron.schedule import ForwardBackward, forward_backward_func
+from pipehc.megatron.source import Megatrons, ScheduleSource
 from pipehc.megatron.spec import Residual, residual_settings
 from pipehc.schedules import Schedule
 
 
-def enable(
-    schedule: str | Schedule = "dualpipe",
-    *,
-    residual: Residual | None = None,
-    recompute: bool = True,
-    recompute_block: int | None = None,
-    overlap: bool = True,
-    timeout_s: float = 600.0,
-    trace_steps: tuple[int, int] | None = None,
-    trace_folder: str = "pipehc_trace",
-    nvtx: bool = False,
-    **search: Any,
-) -> Enabled:
+def enable(schedule: str | Schedule = "dualpipe", *, residual: Residual | None = None, **options: Any) -> Enabled:
     """Call it before `pretrain()`, or before a hand-written loop asks Megatron for its forward-backward function (a name that was
     imported from megatron.core.pipeline_parallel earlier stays what it was).
 
@@ -44,8 +32,7 @@ def enable(
     checkpoints; a hand-written loop builds its chunks with `build_model_chunks` and `wrap_model_chunks`.
 
     Args:
-        schedule, recompute, recompute_block, overlap, timeout_s, trace_steps, trace_folder, nvtx, search: as for
-            `forward_backward_func`; "megatron" keeps Megatron's own schedule.
+        schedule, options: as for `forward_backward_func`; "megatron" keeps Megatron's own schedule.
         residual: as for `hyper_connection_layer_spec`; None leaves the residual connections as they are.
 
     Raises:
@@ -56,11 +43,9 @@ def enable(
     settings = None if residual is None else residual_settings(residual)
     if schedule == "megatron" and settings is None:
         raise ValueError("schedule = 'megatron' with residual = None: changes nothing; name a schedule or a residual")
-    function = forward_backward_func(
-        schedule, recompute=recompute, recompute_block=recompute_block, overlap=overlap, timeout_s=timeout_s,
-        trace_steps=trace_steps, trace_folder=trace_folder, nvtx=nvtx, **search,
-    )  # fmt: skip
-    enabled = Enabled(function, source_of(schedule, search), settings)
+    function = forward_backward_func(schedule, **options)
+    source = function.source if isinstance(function, ForwardBackward) else Megatrons()
+    enabled = Enabled(function, source, settings)
     enabled.install()
     return enabled
 
