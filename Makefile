@@ -40,7 +40,7 @@ bench: $(READY)
 	$(BIN)/python tools/auto_table.py
 
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,coefficients pre coefficients_pre post_res post_res_pre birkhoff isometric hybrid \
-	identity_offset harmonized hyper_connection)
+	identity_offset harmonized hyper_connection tiles)
 gpu-check: $(READY)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  PIPEHC_KERNELS=triton $(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS) && \

@@ -12,19 +12,24 @@ Backend = Literal["triton", "reference"]
 MAX_STREAMS = 8
 """Largest number of streams the Triton kernels hold on chip; the reference takes any."""
 
+MAX_ROW = 2**27
+"""Numbers of one token, n*C, must be fewer: within a block of 16 tokens the kernels count in 32 bits. Tokens are not limited."""
+
 
 def backend_of(x: Tensor, streams: int) -> Backend:
     """The backend for streams `x`: `PIPEHC_KERNELS` (triton or reference) if set, else Triton on CUDA and the reference elsewhere.
 
-    The reference also serves what Triton does not offer, fp64 and more than eight streams, unless Triton is asked for by name.
+    The reference also serves what Triton does not offer (fp64, more streams or channels than the kernels take), unless Triton is
+    asked for by name.
     """
     forced = os.environ.get("PIPEHC_KERNELS", "")
     if forced not in ("", "triton", "reference"):
         raise ValueError(f"PIPEHC_KERNELS={forced!r}: must be 'triton' or 'reference'")
-    fits = streams <= MAX_STREAMS and x.element_size() <= 4
+    fits = streams <= MAX_STREAMS and x.element_size() <= 4 and x.shape[1] * x.shape[2] < MAX_ROW
     if forced == "triton" and not fits:
         raise ValueError(
-            f"PIPEHC_KERNELS=triton: n={streams} streams of {x.dtype}; the kernels take n <= {MAX_STREAMS} in fp32, bf16 or fp16"
+            f"PIPEHC_KERNELS=triton: n={streams} streams of {x.shape[2]} channels in {x.dtype}; "
+            f"the kernels take n <= {MAX_STREAMS} and n*C < {MAX_ROW} in fp32, bf16 or fp16"
         )
     if forced:
         return "triton" if forced == "triton" else "reference"

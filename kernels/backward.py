@@ -18,31 +18,14 @@ from pipehc.kernels.channel_sums import store_channel_sums
 from pipehc.kernels.forward import BLOCK_TOKENS, map_constants, scalar_of
 from pipehc.kernels.language import INTERPRETED, check_launchable, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
-from pipehc.kernels.maps import load_part, map_backward
-from pipehc.kernels.matrices import load_matrix, load_vector, store_vector
+from pipehc.kernels.map_gradients import store_map_gradients
 from pipehc.kernels.parameter_gradients import parameter_sum_kernel, store_phi_share, store_small_share
 from pipehc.kernels.projection import padded_columns, product_precision
 from pipehc.kernels.stream_gradient import store_stream_gradient
-from pipehc.kernels.tiles import block_channels
+from pipehc.kernels.tiles import MAX_REGISTERS, block_channels
 
 MAX_GROUPS = 64
 """Programs of one launch, at most: each writes a partial gradient of phi's size. Fixed, so that no device decides on the bits."""
-
-
-@triton.jit
-def map_gradient(sums, direct, rows, here, part: tl.constexpr, n: tl.constexpr, N: tl.constexpr, BT: tl.constexpr):
-    """Gradient of a map: the sums over channels, and what reached it by itself, either of them None."""
-    if part < 2:
-        total = tl.zeros([BT, N], tl.float32)
-        if direct is not None:
-            total += load_vector(direct, rows, here, n, n, N)
-    else:
-        total = tl.zeros([BT, N, N], tl.float32)
-        if direct is not None:
-            total += load_matrix(direct, rows, here, n * n, n, N)
-    if sums is not None:
-        total += load_part(sums, rows, here, part, n, N)
-    return total
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS"])
@@ -93,55 +76,40 @@ def mapping_backward_kernel(
     that went into x. Scratch per token: d_maps, d_logits and d_product [T, K], d_scalar [T], shrinks [T, 1 or n]."""
     group = tl.program_id(0)
     K: tl.constexpr = n * n + 2 * n
-    N: tl.constexpr = triton.next_power_of_2(n)
-    GROUPS: tl.constexpr = n if PER_STREAM else 1
-    G: tl.constexpr = N if PER_STREAM else 1
     number = None
     if scalar is not None:
         number = tl.load(scalar)
-    first_row = group.to(tl.int64) * BLOCKS * BT
-
     for block in range(BLOCKS):
-        rows = first_row + block * BT + tl.arange(0, BT)
-        here = rows < T
+        token = (group * BLOCKS + block) * BT
         if (f is not None) or (d_y is not None):
-            store_channel_sums(x, d_y, d_x_next, f, d_maps, rows, here, C, n, PADDED, BT, BC)
+            store_channel_sums(x, d_y, d_x_next, f, d_maps, token, T, C, n, BT, BC)
             tl.debug_barrier()
-        for_pre = d_maps if d_y is not None else None
-        for_others = d_maps if f is not None else None
-
-        # x' = x phi / rms takes g to (g phi^T - x (g . x') / (C rms)) / rms.
-        inverse = load_vector(inverse_rms, rows, here, GROUPS, GROUPS, G)
-        pull = tl.zeros([BT, G], tl.float32)
-        for part in tl.static_range(3):
-            direct = d_pre if part == 0 else (d_post if part == 1 else d_res)
-            grad = map_gradient(for_pre if part == 0 else for_others, direct, rows, here, part, n, N, BT)
-            one, by_number = map_backward(
-                grad,
-                product,
-                alpha,
-                bias,
-                number,
-                inverse,
-                d_logits,
-                d_product,
-                rows,
-                here,
-                part,
-                n,
-                N,
-                PER_STREAM,
-                MAP_BACKWARD,
-                SETTINGS,
-                FIXED,
-            )
-            pull += one
-            if part == 2 and d_scalar is not None:
-                tl.store(d_scalar + rows, by_number, mask=here)
-        shrink = pull * inverse * inverse / (C if PER_STREAM else n * C)
-        store_vector(shrinks, shrink, rows, here, GROUPS, GROUPS, G)
+        store_map_gradients(
+            d_maps if d_y is not None else None,
+            d_maps if f is not None else None,
+            d_pre,
+            d_post,
+            d_res,
+            product,
+            inverse_rms,
+            alpha,
+            bias,
+            number,
+            d_logits,
+            d_product,
+            d_scalar,
+            shrinks,
+            token,
+            T,
+            C,
+            n,
+            BT,
+            PER_STREAM,
+            MAP_BACKWARD,
+            SETTINGS,
+            FIXED,
+        )
         tl.debug_barrier()
-
         store_stream_gradient(
             x,
             d_y,
@@ -155,8 +123,8 @@ def mapping_backward_kernel(
             shrinks,
             d_x,
             d_f_before,
-            rows,
-            here,
+            token,
+            T,
             C,
             n,
             PADDED,
@@ -167,10 +135,11 @@ def mapping_backward_kernel(
             FENCE,
         )
 
+    token = group * BLOCKS * BT
     share = phi_shares + group.to(tl.int64) * ((C if PER_STREAM else n * C) * (n + 2 if PER_STREAM else K))
-    store_phi_share(x, d_product, share, first_row, T, C, BLOCKS, n, PADDED, BT, BC, PER_STREAM, PRECISION)
+    store_phi_share(x, d_product, share, token, T, C, BLOCKS, n, PADDED, BT, BC, PER_STREAM, PRECISION)
     share = small_shares + group * (2 * K + 1)
-    store_small_share(product, d_logits, d_scalar, share, first_row, T, BLOCKS, n, PADDED, BT, PER_STREAM)
+    store_small_share(product, d_logits, d_scalar, share, token, T, BLOCKS, n, BT, PER_STREAM)
 
 
 class Incoming(NamedTuple):
@@ -226,7 +195,6 @@ def launch_mapping_backward(
     phi_shares = x.new_empty(groups, *phi.shape, dtype=torch.float32)
     small_shares = x.new_empty(groups, 2 * columns + 1, dtype=torch.float32)
     d_maps, d_logits, d_product = (x.new_empty(tokens, columns, dtype=torch.float32) for _ in range(3))
-    padded = padded_columns(n)
     d_x_next, f = incoming.deferred if incoming.deferred is not None else (None, None)
     mapping_backward_kernel[(groups,)](
         x,
@@ -259,7 +227,7 @@ def launch_mapping_backward(
         channels,
         blocks,
         n=n,
-        PADDED=padded,
+        PADDED=padded_columns(n, manifold.per_stream),
         BT=BLOCK_TOKENS,
         BC=block_channels(n),
         **map_constants(manifold, fixed),
@@ -267,12 +235,13 @@ def launch_mapping_backward(
         PRECISION=product_precision(x.dtype),
         FENCE=not INTERPRETED,
         num_warps=4,
+        maxnreg=MAX_REGISTERS,
         num_stages=2,
     )
     d_phi = torch.empty_like(phi) if groups > 1 else phi_shares[0]
     d_alpha, d_bias, d_number = torch.empty_like(alpha), torch.empty_like(bias), x.new_empty((), dtype=torch.float32)
     block = 1024
     parameter_sum_kernel[(1 + (triton.cdiv(phi.numel(), block) if groups > 1 else 0),)](
-        phi_shares, small_shares, d_phi, d_alpha, d_bias, d_number, groups, phi.numel(), n=n, PADDED=padded, BLOCK=block
+        phi_shares, small_shares, d_phi, d_alpha, d_bias, d_number, groups, phi.numel(), n=n, BLOCK=block
     )
     return Gradients(d_x, d_phi, d_alpha, d_bias, d_number, d_f)

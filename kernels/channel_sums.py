@@ -2,7 +2,7 @@
 """First sweep of the backward: the sums over channels that the gradients of H_pre, H_post and H_res are made of."""
 
 from pipehc.kernels.language import tl, triton
-from pipehc.kernels.tiles import fold, load_tiles, row_sums, zeros
+from pipehc.kernels.tiles import at_token, fold, load_tiles, row_sums, zeros
 
 
 @triton.jit
@@ -12,18 +12,20 @@ def store_channel_sums(
     d_x_next,
     f,
     out,
-    rows,
-    here,
+    token,
+    T,
     C,
     n: tl.constexpr,
-    PADDED: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """To `out` [T, K], in the order of a token's K numbers: d_y . x_j, d_x'_i . f and d_x'_i . x_j, those whose inputs are not None."""
-    t = rows[:, None]
-    tokens = here[:, None]
+    """To `out` [T, K]: d_y . x_j, d_x'_i . f and d_x'_i . x_j, those whose inputs are not None."""
     K: tl.constexpr = n * n + 2 * n
+    ALL: tl.constexpr = triton.next_power_of_2(K)
+    x, d_x_next = at_token(x, token, n * C), at_token(d_x_next, token, n * C)
+    f, d_y, out = at_token(f, token, C), at_token(d_y, token, C), at_token(out, token, K)
+    t = tl.arange(0, BT)[:, None]
+    tokens = t < T - token
     res_sums = zeros(n * n if f is not None else 0, BT, BC // 8)
     post_sums = zeros(n if f is not None else 0, BT, BC // 8)
     pre_sums = zeros(n if d_y is not None else 0, BT, BC // 8)
@@ -33,22 +35,29 @@ def store_channel_sums(
         streams = load_tiles(x, t, c, C, inside, n)
         if f is not None:
             branch = tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
-            new_res, new_post = (), ()
-            for i in tl.static_range(n):
+            # The sums are added to by choice, so that the gradients of all streams need not be in registers together.
+            for i in range(n):
                 grad = tl.load(d_x_next + t * (n * C) + i * C + c, mask=inside, other=0.0).to(tl.float32)
-                new_post += (post_sums[i] + fold(grad * branch),)
+                new_res, new_post = (), ()
+                by_f = fold(grad * branch)
+                for g in tl.static_range(n):
+                    new_post += (post_sums[g] + tl.where(i == g, by_f, 0.0),)
+                by_x = ()
                 for j in tl.static_range(n):
-                    new_res += (res_sums[i * n + j] + fold(grad * streams[j]),)
-            res_sums = new_res
-            post_sums = new_post
+                    by_x += (fold(grad * streams[j].to(tl.float32)),)
+                for g in tl.static_range(n):
+                    for j in tl.static_range(n):
+                        new_res += (res_sums[g * n + j] + tl.where(i == g, by_x[j], 0.0),)
+                res_sums = new_res
+                post_sums = new_post
         if d_y is not None:
             grad_y = tl.load(d_y + t * C + c, mask=inside, other=0.0).to(tl.float32)
             new_pre = ()
             for j in tl.static_range(n):
-                new_pre += (pre_sums[j] + fold(grad_y * streams[j]),)
+                new_pre += (pre_sums[j] + fold(grad_y * streams[j].to(tl.float32)),)
             pre_sums = new_pre
-    k = tl.arange(0, PADDED)[None, :]
+    k = tl.arange(0, ALL)[None, :]
     sums = pre_sums if d_y is not None else zeros(n, BT, BC // 8)
     if f is not None:
         sums += post_sums + res_sums
-    tl.store(out + t * K + k, row_sums(sums, K if f is not None else n, PADDED), mask=tokens & (k < K))
+    tl.store(out + t * K + k, row_sums(sums, K if f is not None else n, ALL), mask=tokens & (k < K))

@@ -17,12 +17,52 @@ from pipehc.kernels.language import INTERPRETED, check_launchable, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.maps import map_of
 from pipehc.kernels.matrices import store_matrix, store_vector
-from pipehc.kernels.projection import load_weights, padded_columns, product_precision, separate
+from pipehc.kernels.projection import columns_of, load_weights, padded_columns, product_precision
 from pipehc.kernels.shapes import NORM_EPS
-from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
+from pipehc.kernels.tiles import (
+    MAX_REGISTERS,
+    at_token,
+    block_channels,
+    fold,
+    load_columns,
+    load_tiles,
+    opaque,
+    store_rounded,
+    widened,
+    zeros,
+)
 
 BLOCK_TOKENS = 16
 """Tokens of one program: the least rows of a matrix instruction, so that as many rows as possible stay in L2 between the sweeps."""
+
+
+@triton.jit
+def project(
+    stream,
+    sums,
+    squares,
+    phi,
+    c,
+    i,
+    C,
+    n: tl.constexpr,
+    PADDED: tl.constexpr,
+    PER_STREAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds channels c of stream i to the product with phi [BT, PADDED] and the sum of squares: those of stream i, or of all."""
+    weights = load_weights(phi, c, i, C, n, PADDED, PER_STREAM)
+    square = fold(stream * stream)
+    new_sums, new_squares = (), ()
+    if PER_STREAM:
+        one = tl.dot(stream, weights, input_precision=PRECISION)
+        for g in tl.static_range(n):
+            new_sums += (sums[g] + tl.where(i == g, one, 0.0),)
+            new_squares += (squares[g] + tl.where(i == g, square, 0.0),)
+    else:
+        new_sums += (tl.dot(stream, weights, sums[0], input_precision=PRECISION),)
+        new_squares += (squares[0] + square,)
+    return new_sums, new_squares
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -57,50 +97,50 @@ def mapping_kernel(
     FENCE: tl.constexpr,
 ):
     """x_next is None for coefficients of x itself; y is None for coefficients alone. FIXED is a tuple of three flags."""
-    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    here = rows < T
-    t = rows[:, None]
-    tokens = t < T
     K: tl.constexpr = n * n + 2 * n
     N: tl.constexpr = triton.next_power_of_2(n)
     GROUPS: tl.constexpr = n if PER_STREAM else 1
+    token = tl.program_id(0) * BT
+    x, x_next = at_token(x, token, n * C), at_token(x_next, token, n * C)
+    f, y = at_token(f, token, C), at_token(y, token, C)
+    h_post, h_res = at_token(h_post, token, n), at_token(h_res, token, n * n)
+    pre_out, post_out, res_out = at_token(pre_out, token, n), at_token(post_out, token, n), at_token(res_out, token, n * n)
+    product, inverse_rms = at_token(product, token, K), at_token(inverse_rms, token, GROUPS)
+    rows = tl.arange(0, BT)
+    here = rows < T - token
+    t = rows[:, None]
+    tokens = here[:, None]
 
     # Sweep 1: product with phi and sums of squares.
-    total = tl.zeros([BT, PADDED], tl.float32)
+    sums = zeros(GROUPS, BT, PADDED)
     squares = zeros(GROUPS, BT, BC // 8)
-    if x_next is not None:
-        post = load_columns(h_post, t, tokens, n)
-        res = load_columns(h_res, t, tokens, n * n)
     for first in range(0, C, BC):
         c = first + tl.arange(0, BC)
         inside = tokens & (c < C)[None, :]
         streams = load_tiles(x, t, c[None, :], C, inside, n)
         if x_next is not None:
-            branch = tl.load(f + t * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        for i in tl.static_range(n):
-            stream = streams[i]
-            if x_next is not None:
-                stream = post[i] * branch
+            branch = tl.load(f + t * C + c[None, :], mask=inside, other=0.0)
+        if x_next is None:
+            for i in tl.static_range(n):
+                sums, squares = project(streams[i].to(tl.float32), sums, squares, phi, c, i, C, n, PADDED, PER_STREAM, PRECISION)
+        else:
+            # A loop at run time: unrolled, the streams made would be in flight all at once, in more registers than there are.
+            for i in tl.range(n, num_stages=1):
+                stream = tl.load(h_post + t * n + i, mask=tokens, other=0.0) * widened(branch, FENCE)
                 for j in tl.static_range(n):
-                    stream += res[i * n + j] * streams[j]
+                    stream += tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0) * widened(streams[j], FENCE)
                 stream = stream.to(x_next.dtype.element_ty)
                 tl.store(x_next + t * (n * C) + i * C + c[None, :], stream, mask=inside)
-                stream = separate(stream.to(tl.float32), FENCE)
-            weights = load_weights(phi, c, i, C, n, PADDED, PER_STREAM)
-            total = tl.dot(stream, weights, total, input_precision=PRECISION)
-            new_squares = ()
-            for g in tl.static_range(GROUPS):
-                new_squares += (squares[g] + fold(stream * stream) if g == i % GROUPS else squares[g],)
-            squares = new_squares
+                # Opaque, or all of the above would be done again in the layout of the product's operand.
+                stream = opaque(stream.to(tl.float32), FENCE)
+                sums, squares = project(stream, sums, squares, phi, c, i, C, n, PADDED, PER_STREAM, PRECISION)
 
     # Between the layout of the product and that of the maps lies the store that backward needs anyway.
-    k = tl.arange(0, PADDED)[None, :]
-    scale = tl.zeros([BT, PADDED], tl.float32)
     for g in tl.static_range(GROUPS):
         inverse = tl.rsqrt(tl.sum(squares[g], 1) / (C if PER_STREAM else n * C) + EPS)
         tl.store(inverse_rms + rows * GROUPS + g, inverse, mask=here)
-        scale = tl.where(k % GROUPS == g, inverse[:, None], scale)
-    tl.store(product + t * K + k, total * scale, mask=tokens & (k < K))
+        entry, valid = columns_of(g, n, PADDED, PER_STREAM)
+        tl.store(product + t * K + entry, sums[g] * inverse[:, None], mask=tokens & valid)
     tl.debug_barrier()
     number = None
     if scalar is not None:
@@ -130,9 +170,9 @@ def mapping_kernel(
             c = first + tl.arange(0, BC)[None, :]
             inside = tokens & (c < C)
             streams = load_tiles(x, t, c, C, inside, n)
-            out = weights[0] * streams[0]
+            out = weights[0] * streams[0].to(tl.float32)
             for j in tl.static_range(1, n):
-                out += weights[j] * streams[j]
+                out += weights[j] * streams[j].to(tl.float32)
             if x_next is not None:
                 out += weight_of_f * tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
             store_rounded(y + t * C + c, out, inside)
@@ -185,7 +225,7 @@ def launch_mapping(
             tokens,
             channels,
             n=n,
-            PADDED=padded_columns(n),
+            PADDED=padded_columns(n, manifold.per_stream),
             BT=BLOCK_TOKENS,
             BC=block_channels(n),
             **map_constants(manifold, fixed),
@@ -193,6 +233,7 @@ def launch_mapping(
             PRECISION=product_precision(x.dtype),
             FENCE=not INTERPRETED,
             num_warps=4,
+            maxnreg=MAX_REGISTERS,
             num_stages=2,
         )
     return out

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment,misc,no-any-return"
-"""Device functions between the product with phi and the maps: H_pre, H_post and H_res of every token, and their backward.
+"""Device functions between the product with phi and the maps: logits, then H_pre, H_post and H_res of every token.
 
 A token's K = n*n + 2n numbers are in three parts: pre (n), post (n), res (n*n, row-major). Where every stream is projected alone
 (raw HC) the last index of each part is the stream that the number comes from."""
@@ -72,49 +72,3 @@ def map_of(
     elif not PER_STREAM:
         value = (1 + part) * tl.sigmoid(value)
     return value
-
-
-@triton.jit
-def map_backward(
-    grad,
-    product,
-    alpha,
-    bias,
-    number,
-    inverse,
-    d_logits,
-    d_product,
-    rows,
-    here,
-    part: tl.constexpr,
-    n: tl.constexpr,
-    N: tl.constexpr,
-    PER_STREAM: tl.constexpr,
-    MAP_BACKWARD: tl.constexpr,
-    SETTINGS: tl.constexpr,
-    FIXED: tl.constexpr,
-):
-    """From the gradient of a map to that of its logits and, through alpha and tanh, of the product before division by the norm:
-    both are stored. Returns the pull on the norm, [BT, N or 1] like `inverse`, and the gradient by the manifold's scalar, [BT]."""
-    logits = load_logits(product, alpha, bias, rows, here, part, n, N, PER_STREAM)
-    by_number = tl.zeros([grad.shape[0]], tl.float32)
-    if FIXED[part]:
-        grad = tl.zeros_like(grad)
-    elif part == 2:
-        grad, by_number = MAP_BACKWARD(logits, grad, number, n, SETTINGS)
-    elif not PER_STREAM:
-        gate = tl.sigmoid(logits)
-        grad *= (1 + part) * gate * (1.0 - gate)
-    store_part(d_logits, grad, rows, here, part, n, N)
-    u = load_part(product, rows, here, part, n, N)
-    grad *= tl.load(alpha + part)
-    if PER_STREAM:
-        bent = tanh(u)
-        grad *= 1.0 - bent * bent
-    pull = grad * u
-    if part == 2:
-        store_part(d_product, grad * inverse[:, None, :], rows, here, part, n, N)
-        pull = tl.sum(pull, 1)
-    else:
-        store_part(d_product, grad * inverse, rows, here, part, n, N)
-    return (pull if PER_STREAM else tl.sum(pull, 1, keep_dims=True)), by_number

@@ -4,6 +4,8 @@ launch adds the shares up in order. No atomics, so equal bits on every run."""
 
 from pipehc.kernels.language import tl, triton
 from pipehc.kernels.maps import tanh
+from pipehc.kernels.projection import columns_of
+from pipehc.kernels.tiles import at_token
 
 
 @triton.jit
@@ -11,7 +13,7 @@ def store_phi_share(
     x,
     d_product,
     share,
-    first_row,
+    token,
     T,
     C,
     BLOCKS,
@@ -26,16 +28,17 @@ def store_phi_share(
     K: tl.constexpr = n * n + 2 * n
     WIDTH: tl.constexpr = n + 2 if PER_STREAM else K
     k = tl.arange(0, PADDED)[None, :]
+    x, d_product = at_token(x, token, n * C), at_token(d_product, token, K)
     for first in range(0, C, BC):
         c = first + tl.arange(0, BC)
         total = tl.zeros([BC, PADDED], tl.float32)
         for j in range(n):
-            column = k * n + j if PER_STREAM else k
+            entry, valid = columns_of(j, n, PADDED, PER_STREAM)
             for block in range(BLOCKS):
-                t = first_row + block * BT + tl.arange(0, BT)[:, None]
-                tokens = t < T
+                t = block * BT + tl.arange(0, BT)[:, None]
+                tokens = t < T - token
                 stream = tl.load(x + t * (n * C) + j * C + c[None, :], mask=tokens & (c < C)[None, :], other=0.0)
-                grad = tl.load(d_product + t * K + column, mask=tokens & (k < WIDTH), other=0.0)
+                grad = tl.load(d_product + t * K + entry, mask=tokens & valid, other=0.0)
                 total = tl.dot(tl.trans(stream.to(tl.float32)), grad, total, input_precision=PRECISION)
             if not PER_STREAM:
                 tl.store(share + (j * C + c)[:, None] * WIDTH + k, total, mask=(c < C)[:, None] & (k < WIDTH))
@@ -50,29 +53,30 @@ def store_small_share(
     d_logits,
     d_scalar,
     share,
-    first_row,
+    token,
     T,
     BLOCKS,
     n: tl.constexpr,
-    PADDED: tl.constexpr,
     BT: tl.constexpr,
     PER_STREAM: tl.constexpr,
 ):
     """To `share` [2 K + 1]: the gradients of bias, those of alpha by entry, that of the scalar (0 if d_scalar is None)."""
     K: tl.constexpr = n * n + 2 * n
-    k = tl.arange(0, PADDED)
-    grad_bias = tl.zeros([BT, PADDED], tl.float32)
-    grad_alpha = tl.zeros([BT, PADDED], tl.float32)
+    ALL: tl.constexpr = triton.next_power_of_2(K)
+    product, d_logits, d_scalar = at_token(product, token, K), at_token(d_logits, token, K), at_token(d_scalar, token, 1)
+    k = tl.arange(0, ALL)
+    grad_bias = tl.zeros([BT, ALL], tl.float32)
+    grad_alpha = tl.zeros([BT, ALL], tl.float32)
     grad_number = tl.zeros([BT, 1], tl.float32)
     for block in range(BLOCKS):
-        t = first_row + block * BT + tl.arange(0, BT)[:, None]
-        there = (t < T) & (k < K)[None, :]
+        t = block * BT + tl.arange(0, BT)[:, None]
+        there = (t < T - token) & (k < K)[None, :]
         grad = tl.load(d_logits + t * K + k[None, :], mask=there, other=0.0)
         u = tl.load(product + t * K + k[None, :], mask=there, other=0.0)
         grad_bias += grad
         grad_alpha += grad * (tanh(u) if PER_STREAM else u)
         if d_scalar is not None:
-            grad_number += tl.load(d_scalar + t, mask=t < T, other=0.0)
+            grad_number += tl.load(d_scalar + t, mask=t < T - token, other=0.0)
     tl.store(share + k, tl.sum(grad_bias, 0), mask=k < K)
     tl.store(share + K + k, tl.sum(grad_alpha, 0), mask=k < K)
     tl.store(share + 2 * K, tl.sum(tl.sum(grad_number, 1), 0))
@@ -89,11 +93,11 @@ def parameter_sum_kernel(
     PARTS,
     SIZE,
     n: tl.constexpr,
-    PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sums over the groups, in order. The last program has the small parameters, the others a block of phi each."""
     K: tl.constexpr = n * n + 2 * n
+    ALL: tl.constexpr = triton.next_power_of_2(K)
     program = tl.program_id(0)
     if program < tl.num_programs(0) - 1:
         at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -104,10 +108,10 @@ def parameter_sum_kernel(
             pointer += SIZE
         tl.store(d_phi + at, total, mask=at < SIZE)
     else:
-        k = tl.arange(0, PADDED)
-        grad_bias = tl.zeros([PADDED], tl.float32)
-        grad_alpha = tl.zeros([PADDED], tl.float32)
-        grad_number = tl.zeros([PADDED], tl.float32)
+        k = tl.arange(0, ALL)
+        grad_bias = tl.zeros([ALL], tl.float32)
+        grad_alpha = tl.zeros([ALL], tl.float32)
+        grad_number = tl.zeros([ALL], tl.float32)
         for part in range(PARTS):
             share = small_shares + part * (2 * K + 1)
             grad_bias += tl.load(share + k, mask=k < K, other=0.0)

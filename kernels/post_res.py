@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from pipehc.kernels.backend import backend_of
 from pipehc.kernels.language import check_launchable, tl, triton
 from pipehc.kernels.link import Link, claim
+from pipehc.kernels.pre import launch_pre
 from pipehc.kernels.shapes import check_shape, check_streams, coefficient_dtype
 from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
 
@@ -58,7 +59,7 @@ def post_res_kernel(x, f, h_post, h_res, x_next, T, C, n: tl.constexpr, BT: tl.c
     for i in tl.static_range(n):
         out = post[i] * branch
         for j in tl.static_range(n):
-            out += res[i * n + j] * streams[j]
+            out += res[i * n + j] * streams[j].to(tl.float32)
         tl.store(x_next + t * (n * C) + i * C + c, out.to(x_next.dtype.element_ty), mask=inside)
 
 
@@ -69,7 +70,6 @@ def post_res_backward_kernel(
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
     tokens = t < T
     post = load_columns(h_post, t, tokens, n)
-    res = load_columns(h_res, t, tokens, n * n)
     post_sums = zeros(n, BT, BC // 8)
     res_sums = zeros(n * n, BT, BC // 8)
     for first in range(0, C, BC):
@@ -77,22 +77,23 @@ def post_res_backward_kernel(
         inside = tokens & (c < C)
         grads = load_tiles(d_x_next, t, c, C, inside, n)
         branch = tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
-        grad_f = post[0] * grads[0]
-        new_post = (post_sums[0] + fold(grads[0] * branch),)
+        grad_f = post[0] * grads[0].to(tl.float32)
+        new_post = (post_sums[0] + fold(grads[0].to(tl.float32) * branch),)
         for i in tl.static_range(1, n):
-            grad_f += post[i] * grads[i]
-            new_post += (post_sums[i] + fold(grads[i] * branch),)
+            grad_f += post[i] * grads[i].to(tl.float32)
+            new_post += (post_sums[i] + fold(grads[i].to(tl.float32) * branch),)
         store_rounded(d_f + t * C + c, grad_f, inside)
         post_sums = new_post
         transposed = ()
         for j in tl.static_range(n):
             stream = tl.load(x + t * (n * C) + j * C + c, mask=inside, other=0.0).to(tl.float32)
-            out = res[j] * grads[0]
-            for i in tl.static_range(1, n):
-                out += res[i * n + j] * grads[i]
+            # H_res is loaded where it is used, from L1: held over the loop it would take n*n registers.
+            out = tl.zeros([BT, BC], tl.float32)
+            for i in tl.static_range(n):
+                out += tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0) * grads[i].to(tl.float32)
             store_rounded(d_x + t * (n * C) + j * C + c, out, inside)
             for i in tl.static_range(n):
-                transposed += (res_sums[j * n + i] + fold(grads[i] * stream),)
+                transposed += (res_sums[j * n + i] + fold(grads[i].to(tl.float32) * stream),)
         res_sums = transposed
     for i in tl.static_range(n):
         tl.store(d_post + t * n + i, tl.sum(post_sums[i], 1, keep_dims=True), mask=tokens)
@@ -100,19 +101,15 @@ def post_res_backward_kernel(
             tl.store(d_res + t * (n * n) + i * n + j, tl.sum(res_sums[j * n + i], 1, keep_dims=True), mask=tokens)
 
 
-@triton.jit(do_not_specialize=["T"])
-def branch_backward_kernel(h_post, d_x_next, d_f, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """The gradient of f alone: what a linked post_res owes at once."""
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
-    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-    tokens = t < T
-    inside = tokens & (c < C)
-    post = load_columns(h_post, t, tokens, n)
-    grads = load_tiles(d_x_next, t, c, C, inside, n)
-    out = post[0] * grads[0]
-    for i in tl.static_range(1, n):
-        out += post[i] * grads[i]
-    store_rounded(d_f + t * C + c, out, inside)
+def launch_post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """x' in one launch; all contiguous, coefficients in fp32, f in the dtype of x."""
+    tokens, n, channels = x.shape
+    x_next = torch.empty_like(x)
+    if tokens:
+        block = block_channels(n)
+        grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
+        post_res_kernel[grid](x, f, h_post, h_res, x_next, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
+    return x_next
 
 
 def launch_post_res_backward(
@@ -134,15 +131,9 @@ class _PostRes(torch.autograd.Function):
         check_launchable(x.device)
         ctx.dtypes, ctx.link = (f.dtype, h_post.dtype, h_res.dtype), link
         x, f, h_post, h_res = x.contiguous(), f.to(x.dtype).contiguous(), h_post.float().contiguous(), h_res.float().contiguous()
-        tokens, n, channels = x.shape
-        x_next = torch.empty_like(x)
-        if tokens:
-            block = block_channels(n)
-            grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
-            post_res_kernel[grid](x, f, h_post, h_res, x_next, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
         # A link leaves x and H_res to the operation it is linked to.
         ctx.save_for_backward(*((f, h_post) if link is not None else (f, h_post, x, h_res)))
-        return x_next
+        return launch_post_res(x, f, h_post, h_res)
 
     @staticmethod
     @once_differentiable
@@ -154,11 +145,6 @@ class _PostRes(torch.autograd.Function):
             x, h_res = rest
             d_x, d_f, d_post, d_res = launch_post_res_backward(d_x_next, x, f, h_post, h_res)
             return d_x, d_f.to(dtype_f), d_post.to(dtype_post), d_res.to(dtype_res), None
-        tokens, n, channels = d_x_next.shape
-        d_f = torch.empty_like(f)
-        if tokens:
-            block = block_channels(n)
-            grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
-            branch_backward_kernel[grid](h_post, d_x_next, d_f, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
+        d_f = launch_pre(d_x_next, h_post)  # f is one stream's worth of x': the same sum over streams
         ctx.link.deliver(d_x_next, f)
         return None, d_f.to(dtype_f), None, None, None

@@ -39,9 +39,9 @@ def pre_kernel(x, h_pre, y, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.cons
     inside = tokens & (c < C)
     weights = load_columns(h_pre, t, tokens, n)
     streams = load_tiles(x, t, c, C, inside, n)
-    out = weights[0] * streams[0]
+    out = weights[0] * streams[0].to(tl.float32)
     for j in tl.static_range(1, n):
-        out += weights[j] * streams[j]
+        out += weights[j] * streams[j].to(tl.float32)
     store_rounded(y + t * C + c, out, inside)
 
 
@@ -58,11 +58,33 @@ def pre_backward_kernel(x, h_pre, d_y, d_x, d_pre, T, C, n: tl.constexpr, BT: tl
         streams = load_tiles(x, t, c, C, inside, n)
         new_sums = ()
         for j in tl.static_range(n):
-            new_sums += (sums[j] + fold(grad * streams[j]),)
+            new_sums += (sums[j] + fold(grad * streams[j].to(tl.float32)),)
             store_rounded(d_x + t * (n * C) + j * C + c, weights[j] * grad, inside)
         sums = new_sums
     for j in tl.static_range(n):
         tl.store(d_pre + t * n + j, tl.sum(sums[j], 1, keep_dims=True), mask=tokens)
+
+
+def launch_pre(x: Tensor, h_pre: Tensor) -> Tensor:
+    """y in one launch; x [T, n, C] and h_pre [T, n] (fp32) contiguous. Also the gradient of f, from d_x' and H_post."""
+    tokens, n, channels = x.shape
+    y = x.new_empty(tokens, channels)
+    if tokens:
+        block = block_channels(n)
+        grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
+        pre_kernel[grid](x, h_pre, y, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
+    return y
+
+
+def launch_pre_backward(x: Tensor, h_pre: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and H_pre in one launch; all contiguous, coefficients in fp32."""
+    tokens, n, channels = x.shape
+    d_x, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
+    if tokens:
+        pre_backward_kernel[(triton.cdiv(tokens, 16),)](
+            x, h_pre, d_y, d_x, d_pre, tokens, channels, n=n, BT=16, BC=block_channels(n), num_warps=4
+        )
+    return d_x, d_pre
 
 
 class _Pre(torch.autograd.Function):
@@ -71,23 +93,12 @@ class _Pre(torch.autograd.Function):
         check_launchable(x.device)
         ctx.dtype_of_weights = h_pre.dtype
         x, h_pre = x.contiguous(), h_pre.float().contiguous()
-        tokens, n, channels = x.shape
-        y = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
-        if tokens:
-            block = block_channels(n)
-            grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
-            pre_kernel[grid](x, h_pre, y, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
         ctx.save_for_backward(x, h_pre)
-        return y
+        return launch_pre(x, h_pre)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
         x, h_pre = ctx.saved_tensors
-        tokens, n, channels = x.shape
-        d_x, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
-        if tokens:
-            pre_backward_kernel[(triton.cdiv(tokens, 16),)](
-                x, h_pre, d_y.contiguous(), d_x, d_pre, tokens, channels, n=n, BT=16, BC=block_channels(n), num_warps=4
-            )
+        d_x, d_pre = launch_pre_backward(x, h_pre, d_y.contiguous())
         return d_x, d_pre.to(ctx.dtype_of_weights)

@@ -8,15 +8,20 @@ from pipehc.kernels.language import tl, triton
 
 @triton.jit
 def load_weights(phi, c, j, C, n: tl.constexpr, PADDED: tl.constexpr, PER_STREAM: tl.constexpr):
-    """[BC, PADDED]: what channels c of stream j count for in each of the K numbers of a token, zeros beyond.
-
-    Where every stream is projected alone, phi [C, n + 2] holds one weight per row of the maps, and stream j counts only for the
-    entries (row, j)."""
+    """Rows of phi for channels c of stream j, [BC, PADDED], zeros beyond its columns. Streams that are projected each alone share
+    the rows."""
+    WIDTH: tl.constexpr = n + 2 if PER_STREAM else n * n + 2 * n
     k = tl.arange(0, PADDED)[None, :]
-    mine = (c < C)[:, None] & (k < n * n + 2 * n)
-    if PER_STREAM:
-        return tl.load(phi + c[:, None] * (n + 2) + k // n, mask=mine & (k % n == j), other=0.0)
-    return tl.load(phi + (j * C + c)[:, None] * (n * n + 2 * n) + k, mask=mine, other=0.0)
+    row = c if PER_STREAM else j * C + c
+    return tl.load(phi + row[:, None] * WIDTH + k, mask=(c < C)[:, None] & (k < WIDTH), other=0.0)
+
+
+@triton.jit
+def columns_of(j, n: tl.constexpr, PADDED: tl.constexpr, PER_STREAM: tl.constexpr):
+    """Which of a token's K numbers the columns of the product with stream j are, and whether they are any, both [1, PADDED]."""
+    k = tl.arange(0, PADDED)[None, :]
+    entry = k * n + j if PER_STREAM else k
+    return entry, k < (n + 2 if PER_STREAM else n * n + 2 * n)
 
 
 @triton.jit
@@ -30,17 +35,9 @@ def in_own_layout(tile, FENCE: tl.constexpr):
     return tile
 
 
-@triton.jit
-def separate(tile, FENCE: tl.constexpr):
-    """The tile, made opaque to the compiler, which would otherwise redo all that led to it in the operand layout of the product."""
-    if FENCE:
-        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=False, pack=1)
-    return tile
-
-
-def padded_columns(n: int) -> int:
+def padded_columns(n: int, per_stream: bool) -> int:
     """Columns of phi in a tile of the product: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(n * n + 2 * n))
+    return max(16, triton.next_power_of_2(n + 2 if per_stream else n * n + 2 * n))
 
 
 def product_precision(dtype: torch.dtype) -> str:

@@ -4,6 +4,17 @@ columns, held in registers; a *tile* is a block of one stream, [BT, BC]."""
 
 from pipehc.kernels.language import tl, triton
 
+MAX_REGISTERS = 128
+"""Of a thread: a quarter of a multiprocessor's registers for each program of four warps."""
+
+
+@triton.jit
+def at_token(pointer, token, width):
+    """The pointer moved to a token's row. 64 bits are needed for this step alone: what a program adds to it fits into 32."""
+    if pointer is not None:
+        pointer += token.to(tl.int64) * width
+    return pointer
+
 
 @triton.jit
 def load_columns(pointer, t, tokens, count: tl.constexpr):
@@ -16,11 +27,26 @@ def load_columns(pointer, t, tokens, count: tl.constexpr):
 
 @triton.jit
 def load_tiles(pointer, t, c, C, mask, n: tl.constexpr):
-    """The n streams of [T, n, C] at tokens t and channels c, as fp32 tiles."""
+    """The n streams of [T, n, C] at tokens t and channels c, in the dtype they are stored in."""
     out = ()
     for j in tl.static_range(n):
-        out += (tl.load(pointer + t * (n * C) + j * C + c, mask=mask, other=0.0).to(tl.float32),)
+        out += (tl.load(pointer + t * (n * C) + j * C + c, mask=mask, other=0.0),)
     return out
+
+
+@triton.jit
+def opaque(tile, FENCE: tl.constexpr):
+    """The tile, of which the compiler no longer knows what it was computed from, and so neither moves nor repeats that."""
+    if FENCE:
+        PACK: tl.constexpr = 32 // tile.dtype.primitive_bitwidth
+        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=PACK)
+    return tile
+
+
+@triton.jit
+def widened(tile, FENCE: tl.constexpr):
+    """The tile in fp32, converted where this stands: a bf16 tile that a loop reads stays in half the registers."""
+    return opaque(tile, FENCE).to(tl.float32)
 
 
 @triton.jit

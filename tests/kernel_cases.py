@@ -89,6 +89,30 @@ def make_inputs(
     return x, f, h_post, h_res, parts
 
 
+ADVERSARIAL = ("huge", "tiny", "constant", "zero", "one_hot")
+
+
+def adversarial(kind: str, x: Tensor, f: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Streams that are huge, tiny, zero or equal in all channels, or logits of H_res that are a permutation of +-50."""
+    n = x.shape[1]
+    phi, alpha, bias = parameters
+    if kind == "huge":
+        x, f = x * 1e15, f * 1e15
+    elif kind == "tiny":
+        x, f = x * 1e-12, f * 1e-12
+    elif kind == "constant":
+        x = x[:, :, :1].expand_as(x).contiguous()
+        x[0] = 3.0
+    elif kind == "zero":
+        # Only zeros: beside their gradient, 1e10 times the others', a relative error would not see the others.
+        x = torch.zeros_like(x)
+    else:
+        one_hot = torch.eye(n).roll(1, 0) * 100 - 50
+        bias = torch.cat([bias[: 2 * n], one_hot.flatten()])
+        bias[0], bias[n] = 50.0, -50.0
+    return x, f, [phi, alpha, bias]
+
+
 def all_manifolds() -> dict[str, manifolds.Manifold]:
     """One of each, with scalars that make every part count."""
     return {

@@ -40,14 +40,20 @@ def test_gradient_in_fp64(iterations):
     assert torch.autograd.gradcheck(Birkhoff(iterations).map, (logits,))
 
 
-@pytest.mark.parametrize("n", [4, 8])
-def test_rows_sum_to_one_and_columns_nearly(n):
-    h = Birkhoff().map(normal(500, n, 2.0))
+# Read as variance 2, then as standard deviation 2: the share of 1e5 matrices whose columns are within 1e-2 after 20 iterations, and
+# the worst column of all. A near-permutation converges slowly, whatever computes it: exact arithmetic has the same exceptions.
+@pytest.mark.parametrize(
+    ("n", "deviation", "share", "worst"),
+    [(4, 2**0.5, 0.999, 0.025), (8, 2**0.5, 0.9999, 0.015), (4, 2.0, 0.98, 0.05), (8, 2.0, 0.99, 0.05)],
+)
+def test_rows_sum_to_one_and_columns_nearly(n, deviation, share, worst):
+    logits = normal(100_000, n, deviation)
+    h, exact = Birkhoff().map(logits), Birkhoff().map(logits.double())
     assert (h.sum(-1) - 1).abs().max() < 1e-6
-    columns = (h.sum(-2) - 1).abs().amax(-1)
-    assert (columns < 1e-2).float().mean() > 0.97  # a near-permutation converges slowly whatever computes it
-    assert columns.max() < 0.1
     assert h.min() >= 0
+    columns, exact_columns = ((m.sum(-2) - 1).abs().amax(-1) for m in (h, exact))
+    assert (columns < 1e-2).double().mean() >= share and columns.max() < worst
+    assert (columns - exact_columns).abs().max() < 1e-6
 
 
 def test_order_is_columns_then_rows():

@@ -5,9 +5,9 @@ import itertools
 import loops
 import pytest
 import torch
-from kernel_cases import DEVICE, TOLERANCE, all_manifolds, backend, compare, evaluate, make_inputs
+from kernel_cases import ADVERSARIAL, DEVICE, TOLERANCE, adversarial, all_manifolds, backend, compare, evaluate, make_inputs
 
-from pipehc.kernels import coefficients
+from pipehc.kernels import coefficients, pre
 from pipehc.kernels.manifolds import Birkhoff, Hybrid, IdentityOffset, Isometric
 
 KINDS = ["birkhoff", "isometric", "hybrid", "identity_offset", "harmonized"]
@@ -52,12 +52,20 @@ def test_dtypes_of_results():
 def test_kernel(kind, tokens, n, channels):
     manifold = all_manifolds()[kind]
     x, _, _, _, parameters = make_inputs(tokens, n, channels, torch.float32, manifold.per_stream)
-    # The derivative of a polar factor grows like the inverse of the two least singular values.
-    compare(operation(manifold), (x, *parameters), 5e-5 if kind in ("isometric", "hybrid") else 1e-5)
+    compare(operation(manifold), (x, *parameters), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ADVERSARIAL)
+def test_kernel_on_adversarial_inputs(kind, case):
+    manifold = all_manifolds()[kind]
+    x, f, _, _, parameters = make_inputs(6, 3, 20, torch.float32, manifold.per_stream)
+    x, _, parameters = adversarial(case, x, f, parameters)
+    compare(operation(manifold), (x, *parameters), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["birkhoff", "identity_offset"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_kernel_with_streams_of_low_precision(kind, dtype):
     manifold = all_manifolds()[kind]
     x, _, _, _, (phi, alpha, bias) = make_inputs(18, 4, 70, dtype, manifold.per_stream)
@@ -69,19 +77,12 @@ def test_kernel_with_streams_of_low_precision(kind, dtype):
             assert (got[name].double() - want[name]).norm() <= 1e-5 * want[name].norm(), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 5, 6, 7, 8])
-@pytest.mark.parametrize("kind", ["birkhoff", "identity_offset"])
+@pytest.mark.parametrize("kind", ["birkhoff", "hybrid", "identity_offset"])
 def test_kernel_for_every_number_of_streams(kind, n):
     manifold = all_manifolds()[kind]
     x, _, _, _, parameters = make_inputs(18, n, 33, torch.float32, manifold.per_stream)
     compare(operation(manifold), (x, *parameters), 1e-5)
-
-
-@pytest.mark.parametrize("scale", [1e-12, 1e15])
-def test_kernel_with_tiny_and_huge_streams(scale):
-    x, _, _, _, parameters = make_inputs(9, 4, 24, torch.float32)
-    compare(operation(Birkhoff(3)), (x * scale, *parameters), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -168,5 +169,8 @@ def test_choice_of_backend_is_checked():
     x, _, _, _, parameters = make_inputs(2, 3, 4, torch.float32)
     with backend("cuda"), pytest.raises(ValueError, match="PIPEHC_KERNELS='cuda': must be 'triton' or 'reference'"):
         coefficients(x, *parameters, manifold=Birkhoff())
-    with backend("triton"), pytest.raises(ValueError, match=r"n=3 streams of torch\.float64"):
+    with backend("triton"), pytest.raises(ValueError, match=r"n=3 streams of 4 channels in torch\.float64"):
         coefficients(x.double(), *parameters, manifold=Birkhoff())
+    wide, h_pre = torch.empty(0, 2, 2**26), torch.empty(0, 2)
+    with backend("triton"), pytest.raises(ValueError, match=r"67108864 channels .* n\*C < 134217728"):
+        pre(wide, h_pre)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import TOLERANCE, all_manifolds, backend, compare, make_inputs
+from kernel_cases import ADVERSARIAL, TOLERANCE, adversarial, all_manifolds, backend, compare, make_inputs
 
 from pipehc.kernels import coefficients, coefficients_pre, post_res, pre
 from pipehc.kernels.manifolds import Birkhoff, Harmonized
 
-KINDS = ["birkhoff", "isometric", "identity_offset", "harmonized"]
+KINDS = ["birkhoff", "isometric", "hybrid", "identity_offset", "harmonized"]
 
 
 def operation(manifold):
@@ -37,7 +37,7 @@ def test_equals_the_two_operations(name):
 def test_kernel(kind, tokens, n, channels):
     manifold = all_manifolds()[kind]
     x, _, _, _, parameters = make_inputs(tokens, n, channels, torch.float32, manifold.per_stream)
-    compare(operation(manifold), (x, *parameters), 5e-5 if kind == "isometric" else 1e-5)
+    compare(operation(manifold), (x, *parameters), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -58,6 +58,20 @@ def test_whole_sublayer(kind, dtype):
 
     x, _, _, _, parameters = make_inputs(18, 4, 40, dtype, manifold.per_stream)
     compare(sublayer, (x, *parameters, torch.linspace(0.5, 2, 40).to(dtype)), 1.5 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", ["birkhoff", "isometric", "identity_offset"])
+@pytest.mark.parametrize("case", ADVERSARIAL)
+def test_whole_sublayer_on_adversarial_inputs(kind, case):
+    manifold = all_manifolds()[kind]
+
+    def sublayer(x, f, phi, alpha, bias):
+        y, h_post, h_res = coefficients_pre(x, phi, alpha, bias, manifold=manifold)
+        return y, post_res(x, f, h_post, h_res)
+
+    x, f, _, _, parameters = make_inputs(6, 3, 20, torch.float32, manifold.per_stream)
+    x, f, parameters = adversarial(case, x, f, parameters)
+    compare(sublayer, (x, f, *parameters), 1e-5)
 
 
 def test_static_form():

@@ -3,7 +3,7 @@
 import loops
 import pytest
 import torch
-from kernel_cases import DEVICE, TOLERANCE, backend, compare, make_inputs, relative_error
+from kernel_cases import ADVERSARIAL, DEVICE, TOLERANCE, adversarial, backend, compare, make_inputs, relative_error
 
 from pipehc.kernels import coefficients_pre, post_res
 from pipehc.kernels.manifolds import Birkhoff
@@ -30,7 +30,13 @@ def test_kernel(tokens, n, channels, dtype):
     compare(post_res, inputs(tokens, n, channels, dtype), TOLERANCE[dtype])
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("case", ADVERSARIAL)
+def test_kernel_on_adversarial_inputs(case):
+    x, f, h_post, h_res, parameters = make_inputs(6, 3, 20, torch.float32)
+    x, f, _ = adversarial(case, x, f, parameters)
+    compare(post_res, (x, f, h_post, h_res), 1e-5)
+
+
 @pytest.mark.parametrize("n", [2, 5, 6, 7])
 def test_kernel_for_every_number_of_streams(n):
     compare(post_res, inputs(18, n, 40, torch.float32), 1e-5)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import TOLERANCE, all_manifolds, backend, compare, make_inputs
+from kernel_cases import ADVERSARIAL, TOLERANCE, adversarial, all_manifolds, backend, compare, make_inputs
 
 from pipehc.kernels import coefficients_pre, post_res, post_res_pre
 from pipehc.kernels.manifolds import Birkhoff, Harmonized
 
-KINDS = ["birkhoff", "isometric", "identity_offset", "harmonized"]
+KINDS = ["birkhoff", "isometric", "hybrid", "identity_offset", "harmonized"]
 
 
 def operation(manifold, fixed=()):
@@ -41,13 +41,26 @@ def test_equals_the_two_operations(name):
 @pytest.mark.parametrize(("tokens", "n", "channels"), [(1, 1, 3), (18, 3, 24), (5, 4, 70)])
 def test_kernel(kind, tokens, n, channels):
     manifold = all_manifolds()[kind]
-    tolerance = 5e-5 if kind == "isometric" else 1e-5
-    compare(operation(manifold), arguments(tokens, n, channels, torch.float32, manifold.per_stream), tolerance)
+    compare(operation(manifold), arguments(tokens, n, channels, torch.float32, manifold.per_stream), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernel_with_streams_of_low_precision(dtype):
     compare(operation(Birkhoff(2)), arguments(18, 4, 70, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", ["birkhoff", "isometric", "identity_offset"])
+@pytest.mark.parametrize("case", ADVERSARIAL)
+def test_kernel_on_adversarial_inputs(kind, case):
+    manifold = all_manifolds()[kind]
+    x, f, h_post, h_res, parameters = make_inputs(6, 3, 20, torch.float32, manifold.per_stream)
+    x, f, parameters = adversarial(case, x, f, parameters)
+    compare(operation(manifold), (x, f, h_post, h_res, *parameters), 1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 5, 6, 7, 8])
+def test_kernel_for_every_number_of_streams(n):
+    compare(operation(Birkhoff(2)), arguments(17, n, 33, torch.float32), 1e-5)
 
 
 def test_kernel_with_maps_switched_off():

@@ -3,7 +3,7 @@
 import loops
 import pytest
 import torch
-from kernel_cases import TOLERANCE, backend, compare, make_inputs
+from kernel_cases import ADVERSARIAL, TOLERANCE, adversarial, backend, compare, make_inputs
 
 from pipehc.kernels import pre
 
@@ -28,6 +28,13 @@ def test_gradients_of_the_reference_in_fp64():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel(tokens, n, channels, dtype):
     compare(pre, inputs(tokens, n, channels, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("case", ADVERSARIAL)
+def test_kernel_on_adversarial_inputs(case):
+    x, f, h_pre, _, parameters = make_inputs(6, 3, 20, torch.float32)
+    x, _, _ = adversarial(case, x, f, parameters)
+    compare(pre, (x, h_pre), 1e-5)
 
 
 def test_result_has_the_dtype_of_x_and_is_rounded_to_nearest():

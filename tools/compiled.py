@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from pipehc.kernels.forward import map_constants
-
-from pipehc.kernels.manifolds import Birkhoff, IdentityOffset, Manifold
+from pipehc.kernels.manifolds import Birkhoff, Harmonized, Hybrid, IdentityOffset, Isometric, Manifold
 from pipehc.kernels.projection import padded_columns
+from pipehc.kernels.tiles import MAX_REGISTERS
 
 STREAMS = {"x", "f", "x_next", "y", "d_x", "d_f", "d_y", "d_x_next", "d_x_direct", "d_f_before"}
 INTEGERS = {"T", "C", "BLOCKS", "PARTS", "SIZE"}
@@ -44,15 +46,16 @@ def forms(manifold: Manifold | None = None) -> dict[str, Form]:
         ("pre", "pre_backward_kernel"),
         ("post_res", "post_res_kernel"),
         ("post_res", "post_res_backward_kernel"),
-        ("post_res", "branch_backward_kernel"),
     ]:
         found[name] = Form(getattr(modules[module], name), dict(block))
-    found["parameter_sum_kernel"] = Form(modules["backward"].parameter_sum_kernel, {"n": n, "PADDED": 32, "BLOCK": 1024})
-    for kind in (manifold,) if manifold is not None else (Birkhoff(), IdentityOffset()):
+    found["parameter_sum_kernel"] = Form(modules["backward"].parameter_sum_kernel, {"n": n, "BLOCK": 1024})
+    number = torch.tensor(0.5)
+    every = (Birkhoff(), Isometric(), Hybrid(number), IdentityOffset(), Harmonized(number))
+    for kind in (manifold,) if manifold is not None else every:
         shared = {
             **block,
             **map_constants(kind, ()),
-            "PADDED": padded_columns(n),
+            "PADDED": padded_columns(n, kind.per_stream),
             "PRECISION": "tf32",
             "FENCE": True,
             **({"scalar": None, "d_scalar": None} if kind.scalar is None else {}),
@@ -63,11 +66,20 @@ def forms(manifold: Manifold | None = None) -> dict[str, Form]:
         alone = {"f": None, "h_post": None, "h_res": None, "x_next": None}
         kernels = modules["forward"].mapping_kernel, modules["backward"].mapping_backward_kernel
         title = type(kind).__name__
-        two = {"num_warps": 4, "num_stages": 2}
+        two = {"num_warps": 4, "num_stages": 2, "maxnreg": MAX_REGISTERS}
         found[f"coefficients_pre {title}"] = Form(kernels[0], forward | alone, two)
         found[f"post_res_pre {title}"] = Form(kernels[0], forward, two)
+        found[f"coefficients_pre backward {title}"] = Form(kernels[1], backward | {"h_post_before": None, "d_f_before": None}, two)
         found[f"post_res_pre backward {title}"] = Form(kernels[1], backward, two)
     return found
+
+
+def specialization(form: Form, values: dict[str, Any], arch: int) -> tuple[Any, ...]:
+    """What Triton compiles anew for when the kernel is launched with these run-time arguments, in order, apart from constants."""
+    parameters, backend = form.kernel.params, make_backend(GPUTarget("cuda", arch, 32))
+    bind = create_function_from_signature(form.kernel.signature, parameters, backend)
+    _, found, _ = bind(*(form.constants.get(p.name, values.get(p.name)) for p in parameters))
+    return tuple(one for p, one in zip(parameters, found) if p.name in values)
 
 
 def resources(form: Form, channels: int, arch: int) -> dict[str, Any]:
@@ -78,8 +90,12 @@ def resources(form: Form, channels: int, arch: int) -> dict[str, Any]:
             signature[name], constants[(i,)] = "constexpr", form.constants[name]
         elif name in INTEGERS:
             signature[name] = "i32"
-            if name == "C" and channels % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            if name in ("C", "SIZE"):
+                kind, key = specialization(form, {name: channels}, arch)[0]
+                if kind == "constexpr":
+                    signature[name], constants[(i,)] = kind, key
+                elif key == "D":
+                    attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "*bf16" if name in STREAMS else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]

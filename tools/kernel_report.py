@@ -1,6 +1,7 @@
 """What every kernel costs, measured without a GPU: counted traffic, launches, and the compiled code's resources.
 
-    python tools/kernel_report.py [--channels 2560] [--tokens 64] [--arch 80 90 100] [--only traffic|compiled] [--json FILE]
+    python tools/kernel_report.py [--tokens 64] [--channels 2560] [--compile-channels 1280 ...] [--arch 80 90 100]
+                                  [--only traffic|compiled] [--json FILE]
 
 Traffic comes from Triton's interpreter (traffic.py), resources from compiling ahead of time and reading the machine code. The two
 need different settings of TRITON_INTERPRET, so each runs in a process of its own.
@@ -93,11 +94,18 @@ def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
     return rows
 
 
-def compile_kernels(channels: int, arch: int) -> list[dict[str, Any]]:
-    """One row per kernel and form at n = 4 in bf16. `channels` matters only through its divisibility by 16."""
-    from compiled import forms, resources
+def compile_kernels(channels: list[int], arch: int) -> list[dict[str, Any]]:
+    """One row per kernel and form at n = 4 in bf16, and per binary: Triton compiles anew only for what it specializes C on."""
+    from compiled import forms, resources, specialization
 
-    return [{"form": name, "arch": arch, **resources(form, channels, arch)} for name, form in forms().items()]
+    rows = []
+    for name, form in forms().items():
+        binaries: dict[Any, list[int]] = {}
+        for c in channels:
+            binaries.setdefault(specialization(form, {"C": c}, arch), []).append(c)
+        for same in binaries.values():
+            rows.append({"form": name, "arch": arch, "channels": same, **resources(form, same[0], arch)})
+    return rows
 
 
 def in_process(interpret: bool, arguments: list[str]) -> Any:
@@ -118,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--channels", type=int, default=2560)
+    parser.add_argument("--compile-channels", type=int, nargs="+", default=[1280, 1920, 2560, 4096, 7168])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--only", choices=["traffic", "compiled"])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -127,9 +136,10 @@ def main() -> None:
         print(json.dumps(count_traffic(options.tokens, options.channels)))
         return
     if options.worker == "compiled":
-        print(json.dumps([r for arch in options.arch for r in compile_kernels(options.channels, arch)]))
+        print(json.dumps([r for arch in options.arch for r in compile_kernels(options.compile_channels, arch)]))
         return
-    size = ["--tokens", str(options.tokens), "--channels", str(options.channels), "--arch", *map(str, options.arch)]
+    size = ["--tokens", options.tokens, "--channels", options.channels, "--arch", *options.arch]
+    size = [str(v) for v in (*size, "--compile-channels", *options.compile_channels)]
     report = {
         kind: [] if options.only not in (None, kind) else in_process(kind == "traffic", ["--worker", kind, *size])
         for kind in ("traffic", "compiled")

@@ -58,7 +58,5 @@ def blend_backward(z, grad, share, n: tl.constexpr, SETTINGS: tl.constexpr):
     isometric = retract(z, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
     d_share = total(grad * (birkhoff - isometric))
     from_birkhoff, _ = sinkhorn_backward(z, share * grad, None, n, (SETTINGS[0],))
-    from_isometric, _ = retract_backward(
-        z, grad - share * grad, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4])
-    )
+    from_isometric, _ = retract_backward(z, grad - share * grad, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
     return from_birkhoff + from_isometric, d_share

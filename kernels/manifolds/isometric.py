@@ -140,7 +140,7 @@ def _start(centred: Tensor) -> Tensor:
 @triton.jit
 def retract(z, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
     centred = _centre(z, n)
-    x, _, _ = _advance(_begin(centred, _frobenius(centred), n, SETTINGS), SETTINGS[0], SETTINGS)
+    x, _, _ = _advance(_begin(centred, _frobenius(centred), n, SETTINGS), SETTINGS[0], n, SETTINGS)
     return x
 
 
@@ -153,9 +153,9 @@ def retract_backward(z, grad, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
     full: tl.constexpr = SETTINGS[0] // segment
     rest: tl.constexpr = SETTINGS[0] % segment
     if rest > 0:
-        grad = _back_through(start, grad, full * segment, rest, SETTINGS)
+        grad = _back_through(start, grad, full * segment, rest, n, SETTINGS)
     for s in range(full):
-        grad = _back_through(start, grad, (full - 1 - s) * segment, segment, SETTINGS)
+        grad = _back_through(start, grad, (full - 1 - s) * segment, segment, n, SETTINGS)
     grad = _centre(grad, n)
     # Divided one after the other: the square of a tiny norm would underflow.
     radial = total(grad * centred)[:, None, None] / norm / norm
@@ -163,31 +163,31 @@ def retract_backward(z, grad, scalar, n: tl.constexpr, SETTINGS: tl.constexpr):
 
 
 @triton.jit
-def _back_through(start, grad, first, count: tl.constexpr, SETTINGS: tl.constexpr):
+def _back_through(start, grad, first, count: tl.constexpr, n: tl.constexpr, SETTINGS: tl.constexpr):
     """Gradient by the iterate after `first` steps from the one by the iterate `count` steps later."""
-    x, low, high = _advance(start, first, SETTINGS)
+    x, low, high = _advance(start, first, n, SETTINGS)
     iterates, factors = (), ()
     for _ in tl.static_range(count):
         a, b, low, high = _factors(low, high, SETTINGS)
         iterates += (x,)
         factors += ((a, b),)
-        x = a * x - b * product(x, product(transposed(x), x))
+        x = a * x - b * product(x, product(transposed(x), x, n), n)
     for s in tl.static_range(count):
         x = iterates[count - 1 - s]
         a = factors[count - 1 - s][0]
         b = factors[count - 1 - s][1]
-        w = product(transposed(x), grad)
-        grad = a * grad - b * (product(grad, product(transposed(x), x)) + product(x, w + transposed(w)))
+        w = product(transposed(x), grad, n)
+        grad = a * grad - b * (product(grad, product(transposed(x), x, n), n) + product(x, w + transposed(w), n))
     return grad
 
 
 @triton.jit
-def _advance(x, steps, SETTINGS: tl.constexpr):
+def _advance(x, steps, n: tl.constexpr, SETTINGS: tl.constexpr):
     low = tl.full([], SETTINGS[1], tl.float32)
     high = tl.full([], SETTINGS[3], tl.float32)
     for _ in range(steps):
         a, b, low, high = _factors(low, high, SETTINGS)
-        x = a * x - b * product(x, product(transposed(x), x))
+        x = a * x - b * product(x, product(transposed(x), x, n), n)
     return x, low, high
 
 
