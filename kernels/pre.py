@@ -66,7 +66,7 @@ def pre_backward_kernel(x, h_pre, d_y, d_x, d_pre, T, C, n: tl.constexpr, BT: tl
 
 
 def launch_pre(x: Tensor, h_pre: Tensor) -> Tensor:
-    """y in one launch; x [T, n, C] and h_pre [T, n] (fp32) contiguous. Also H_post . d_x', the gradient of f in `post_res`."""
+    """y in one launch; x [T, n, C] and h_pre [T, n] (fp32) contiguous. Also the gradient of f, from d_x' and H_post."""
     tokens, n, channels = x.shape
     y = x.new_empty(tokens, channels)
     if tokens:
@@ -99,5 +99,6 @@ class _Pre(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
-        d_x, d_pre = launch_pre_backward(*ctx.saved_tensors, d_y.contiguous())
+        x, h_pre = ctx.saved_tensors
+        d_x, d_pre = launch_pre_backward(x, h_pre, d_y.contiguous())
         return d_x, d_pre.to(ctx.dtype_of_weights)

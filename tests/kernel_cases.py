@@ -93,7 +93,7 @@ ADVERSARIAL = ("huge", "tiny", "constant", "zero", "one_hot")
 
 
 def adversarial(kind: str, x: Tensor, f: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Streams that are huge, tiny, equal in all channels or zero in some tokens, or logits of H_res that are a permutation of +-50."""
+    """Streams that are huge, tiny, zero or equal in all channels, or logits of H_res that are a permutation of +-50."""
     n = x.shape[1]
     phi, alpha, bias = parameters
     if kind == "huge":

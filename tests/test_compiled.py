@@ -73,3 +73,15 @@ print(json.dumps([[specialization(form, {name: v}, 90) for v in (1280, 7168, 100
     (wide, same, odd, one), tokens = without_interpreter(code)
     assert wide == same and len({str(v) for v in (wide, odd, one)}) == 3
     assert all(v == tokens[0] for v in tokens)
+
+
+def test_channels_that_nothing_divides_compile():
+    code = """
+import json
+from compiled import forms, resources
+from pipehc.kernels.manifolds import Birkhoff
+every = forms(Birkhoff())
+names = ["pre_kernel", "post_res_kernel", "post_res_pre Birkhoff", "post_res_pre backward Birkhoff"]
+print(json.dumps([resources(every[name], 1001, 90)["atomics"] for name in names]))
+"""
+    assert without_interpreter(code) == [0, 0, 0, 0]

@@ -94,8 +94,8 @@ def test_kernel_keeps_the_isometry_for_bad_conditions(n, condition):
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
 def test_kernel_is_as_exact_as_the_condition_allows(condition):
     """A polar factor moves by 2 |dA| / (s + s'), s and s' the two least singular values, and fp32 rounds A by 2^-24 |A|: the error
-    is a small multiple of 2^-24 kappa with kappa = |A| / (s + s'). The gradient, of size |G| / (s + s'), goes back through the steps,
-    which have stretched s to 1 alone: there rounding may weigh up to |A| / s as much."""
+    is a small multiple of 2^-24 kappa with kappa = |A| / (s + s'). The gradient, |G| / (s + s') in size, goes back through the
+    steps, which have stretched s to 1 alone: there rounding may weigh up to |A| / s as much."""
     logits = with_condition(60, 4, condition, seed=5)
     grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     out, d_z, _ = run_map(Isometric(), logits, grad)

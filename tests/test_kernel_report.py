@@ -59,11 +59,3 @@ def test_compiled_kernels(tmp_path, arch):
             assert "128" in row["loads"] and "128" in row["stores"], row
         if "coefficients" in row["form"] or "post_res_pre" in row["form"]:
             assert row["matrix"] > 0, row
-
-
-@pytest.mark.slow
-def test_compiled_kernels_of_odd_sizes(tmp_path):
-    """Nothing but speed depends on what divides C."""
-    rows = report(tmp_path, "--only", "compiled", "--arch", "90", "--compile-channels", "1001", "1000", "1")["compiled"]
-    assert {tuple(row["channels"]) for row in rows if row["form"] != "parameter_sum_kernel"} == {(1001, 1000), (1,)}
-    assert all(row["atomics"] == 0 for row in rows)

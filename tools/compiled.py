@@ -90,8 +90,12 @@ def resources(form: Form, channels: int, arch: int) -> dict[str, Any]:
             signature[name], constants[(i,)] = "constexpr", form.constants[name]
         elif name in INTEGERS:
             signature[name] = "i32"
-            if name in ("C", "SIZE") and "D" in specialization(form, {name: channels}, arch)[0][1]:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            if name in ("C", "SIZE"):
+                kind, key = specialization(form, {name: channels}, arch)[0]
+                if kind == "constexpr":
+                    signature[name], constants[(i,)] = kind, key
+                elif key == "D":
+                    attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "*bf16" if name in STREAMS else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
