@@ -148,7 +148,7 @@ def test_every_other_schedule_equals_one_process(tiny, reference, name):
     ("name", "kind", "block"),
     [
         ("1f1b", "mhc", "null"),
-        ("dualpipe", "none", 3),
+        pytest.param("dualpipe", "none", 3, marks=pytest.mark.slow),
         ("dualpipe", "mhc", "null"),
         ("dualpipev", "mhc", 3),
         pytest.param("interleaved", "mhc", 1, marks=pytest.mark.slow),

@@ -35,7 +35,7 @@ def one_process(kind):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["mhc", "hc"])
+@pytest.mark.parametrize("kind", ["mhc", pytest.param("hc", marks=pytest.mark.slow)])
 def test_every_layout_equals_one_process(kind, layout):
     ranks, arguments = LAYOUTS[layout]
     expected, evaluation = one_process(kind)

@@ -88,6 +88,7 @@ def gradients_of_one_process(stages, microbatches):
     return [toy.take_gradients() for toy, _ in chain]
 
 
+@pytest.mark.slow
 def test_nodes_and_queues_of_real_stages_run_to_equal_gradients():
     """Hyper-connections, all-to-alls, deferred weight gradients, the high-priority queue: what `ModelStage` does."""
     rng = random.Random(6)

@@ -452,6 +452,7 @@ def test_sharded_state_is_complete_and_has_global_keys(kind, stacked):
     assert len(connections) == (per_layer if stacked else 4 * per_layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind,stacked", [("hybrid", False), ("harmonized", True)])
 def test_what_two_stages_save_one_process_loads(kind, stacked, tmp_path):
     options = LIKE if stacked else {}

@@ -104,7 +104,7 @@ def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
         assert losses(folder) == pytest.approx({step: losses(tmp_path / "whole")[step] for step in (5, 6)}, rel=1e-5)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_job_and_it_resumes(write, tmp_path, victim):
     config = write(train={**TINY["train"], "steps": 60}, checkpoint={"interval": 5, "keep": 2})
     folder = tmp_path / "run"
