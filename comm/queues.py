@@ -10,7 +10,7 @@ when somebody waits for an event that covers it. Whoever forgets to wait finds n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -122,6 +122,13 @@ class HostQueue:
             end = self._pending.popleft()[1]()
             while end is not None:
                 end = end()
+
+
+def join(queues: Mapping[str, Queue]) -> None:
+    """What is issued to `compute` from now on starts after all that the other queues were given."""
+    for queue in queues.values():
+        if queue is not queues["compute"]:
+            queues["compute"].wait(queue.event())
 
 
 def make_queues(device: torch.device) -> dict[str, Queue]:

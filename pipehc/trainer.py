@@ -14,7 +14,7 @@ from pipehc.activations import Activations
 from pipehc.comm.groups import edge_groups
 from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
-from pipehc.comm.queues import make_queues
+from pipehc.comm.queues import join, make_queues
 from pipehc.config import Config, ConfigError
 from pipehc.data import Sampler, Split, batch
 from pipehc.gain import CompositeGain, GainFeedback
@@ -207,19 +207,12 @@ class Trainer:
         return float(everywhere[0]) / tokens_in_all
 
     def _expect_last(self, held: tuple[int, int]) -> None:
-        self._join_queues()
+        join(self._queues)  # gradients of hyper-connections come from other queues
         self.optimizer.expect_last(self.models[held])
 
     def _start_reduction(self, held: tuple[int, int]) -> None:
-        self._join_queues()
+        join(self._queues)  # gradients of hyper-connections come from other queues
         self.optimizer.start_reduction(self.models[held])
-
-    def _join_queues(self) -> None:
-        """Gradients of hyper-connections come from other queues."""
-        compute = self._queues["compute"]
-        for queue in self._queues.values():
-            if queue is not compute:
-                compute.wait(queue.event())
 
     def _stop_everywhere(self, problem: str | None) -> None:
         """Raises the first rank's problem as TrainingError on every rank, if any rank has one. Collective."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from pipehc.comm.messages import Mailbox
-from pipehc.comm.queues import HostQueue, Queue
+from pipehc.comm.queues import HostQueue, Queue, join
 from pipehc.schedules.actions import Action
 from pipehc.schedules.placement import Placement
 from pipehc.schedules.program import Instruction, Post, Run, Send, Wait, inputs_first
@@ -166,9 +166,7 @@ def execute(
         for observer in observers:
             observer.end(instruction)
     assert not results, f"computed but never sent: {list(results)}"
-    for side in queues.values():
-        if side is not queues["compute"]:
-            queues["compute"].wait(side.event())
+    join(queues)
     mailbox.drain()
 
 

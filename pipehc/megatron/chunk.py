@@ -17,7 +17,7 @@ import torch
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import make_viewless_tensor
+from megatron.core.utils import make_viewless_tensor, unwrap_model
 from torch import nn
 
 from pipehc.comm.queues import Queue
@@ -61,16 +61,9 @@ class ChunkLive:
     tail: torch.Tensor | None = None  # what came of it: the loss, or the message if something was done to it
 
 
-def unwrap(chunk: nn.Module) -> Any:
-    """The model inside DDP and mixed-precision wrappers."""
-    while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
-
-
 def wrappers(chunk: nn.Module) -> Iterator[nn.Module]:
     """DDP and mixed-precision wrappers around the model, from outside."""
-    while chunk is not unwrap(chunk):
+    while chunk is not unwrap_model(chunk):
         yield chunk
         chunk = chunk.module  # type: ignore[assignment]
 
@@ -123,7 +116,8 @@ class ChunkStage(ChainStage):
     ) -> None:
         super().__init__(chain, queues, recompute, watch, None)
         self.chunk, self.step = chunk, step
-        self.decoder: Any = unwrap(chunk).decoder
+        self._model: Any = unwrap_model(chunk)
+        self.decoder: Any = self._model.decoder
         self._position, self._vp_stage = place
         self._first, self._last = ends
         self._batches = batches
@@ -206,7 +200,7 @@ class ChunkStage(ChainStage):
     @property
     def _untouched(self) -> bool:
         """Whether nothing is done to the decoder's result but sending it: then it need not wait for the compute queue."""
-        return not self._last and self.decoder.final_layernorm is None and type(unwrap(self.chunk)).__name__ == "GPTModel"
+        return not self._last and self.decoder.final_layernorm is None and type(self._model).__name__ == "GPTModel"
 
     # -- backward
 

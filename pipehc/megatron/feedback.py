@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from pipehc.gain import CompositeGain, GainFeedback
-from pipehc.hyper_connection import HyperConnection
-from pipehc.megatron.layer import HyperConnectionLayer
+from pipehc.megatron.layer import hyper_connection_layers
 
 
 @contextmanager
@@ -19,16 +18,12 @@ def gain_feedback(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
     s and its average live in buffers of the maps, so that they are in the job's checkpoints.
     """
-    layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, HyperConnectionLayer)]
+    layers = hyper_connection_layers(chunks)
     if not layers or layers[0].residual.kind != "harmonized":
         yield
         return
     residual: Any = layers[0].residual
-    connections: dict[int, HyperConnection] = {}
-    for layer in layers:
-        for index, connection in enumerate((layer.attention_connection, layer.mlp_connection)):
-            assert isinstance(connection, HyperConnection)
-            connections[2 * (layer.layer_number - 1) + index] = connection
+    connections = {sublayer: connection for layer in layers for sublayer, connection in layer.connections().items()}
     gain = CompositeGain(connections, 2 * layers[0].config.num_layers, residual.streams)
     with gain.tracking():
         yield

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 
-from pipehc.comm.queues import Queue
+from pipehc.comm.queues import Queue, join
 from pipehc.megatron.buckets import BucketReduction
 from pipehc.reduction import EarlyReduction
 from pipehc.schedules import Program
@@ -48,13 +48,8 @@ def early_reduction(
     if functions is not None and all(map(_is_megatrons, functions, chunks.values())):
         functions = None  # what --align-grad-reduce sets
 
-    def join() -> None:
-        for queue in queues.values():  # gradients of hyper-connections come from other queues
-            if queue is not queues["compute"]:
-                queues["compute"].wait(queue.event())
-
     def start(held: tuple[int, int]) -> None:
-        join()
+        join(queues)  # gradients of hyper-connections come from other queues
         if functions is None:
             reduction.start(chunks[held])
         else:
@@ -62,7 +57,7 @@ def early_reduction(
 
     def expect(held: tuple[int, int]) -> None:
         if functions is None:
-            join()
+            join(queues)
             reduction.expect_last(chunks[held])
 
     reduction.forget()

@@ -1,11 +1,13 @@
 """A transformer layer whose attention and FFN each sit inside their own residual connection."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import make_viewless_tensor
+from megatron.core.utils import make_viewless_tensor, unwrap_model
+from torch import nn
 
 from pipehc.hyper_connection import HyperConnection, contract, expand
 from pipehc.megatron.connection import build_connection
@@ -47,6 +49,11 @@ class HyperConnectionLayer(TransformerLayer):
         """Attention and FFN, as pieces."""
         return self._nodes.sublayers(self.attention_connection, self.mlp_connection)
 
+    def connections(self) -> dict[int, HyperConnection]:
+        """The hyper-connections by sub-layer of the whole model: 2 * block for attention, 2 * block + 1 for the FFN."""
+        both = enumerate((self.attention_connection, self.mlp_connection))
+        return {2 * (self.layer_number - 1) + i: connection for i, connection in both if isinstance(connection, HyperConnection)}
+
     def forward(self, hidden_states: torch.Tensor, *_: Any, context: Any = None, **given: Any) -> tuple[torch.Tensor, Any]:
         """[s, b, n*C] -> ([s, b, n*C], context), as Megatron's blocks call their layers; one stream at the ends of the model.
 
@@ -70,6 +77,13 @@ class HyperConnectionLayer(TransformerLayer):
     def contract(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, n*C] -> [s, b, C] at the end of the model; elsewhere x as it is."""
         return contract(x, self.streams, self.exit) if self.contracts else x
+
+
+def hyper_connection_layers(chunks: Sequence[nn.Module]) -> list[HyperConnectionLayer]:
+    """Those of the decoders of a job's model chunks, in their wrappers or not."""
+    decoders = [getattr(unwrap_model(chunk), "decoder", None) for chunk in chunks]
+    layers = (layer for decoder in decoders for layer in getattr(decoder, "layers", ()))
+    return [layer for layer in layers if isinstance(layer, HyperConnectionLayer)]
 
 
 def refuse_layer(layer: TransformerLayer) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.utils import unwrap_model
 from torch import nn
 
 from pipehc.megatron.position import exchanged
@@ -100,9 +101,7 @@ def count_once(chunks: Sequence[Any], held: Sequence[tuple[int, int]], config: A
 
 def _keep_out_of_checkpoints(chunk: Any) -> None:
     """Marks all that the chunk gives to checkpoints as a replica: loaded, but not saved."""
-    model = chunk
-    while hasattr(model, "module"):
-        model = model.module
+    model = unwrap_model(chunk)
     original = model.sharded_state_dict
 
     def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:

@@ -157,12 +157,8 @@ class StageModel(MegatronModule):
 
     def connections(self) -> dict[int, HyperConnection]:
         """The hyper-connections by sub-layer of the whole model: 2 * block for attention, 2 * block + 1 for the FFN."""
-        found = {}
-        for block, layer in self.decoder.layers.items():
-            for index, connection in enumerate((layer.attention_connection, layer.mlp_connection)):
-                if isinstance(connection, HyperConnection):
-                    found[2 * int(block) + index] = connection
-        return found
+        layers = (cast(HyperConnectionLayer, layer) for layer in self.decoder.layers.values())
+        return {sublayer: connection for layer in layers for sublayer, connection in layer.connections().items()}
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [b, s] -> [s, b, n*C]: every stream starts as a copy of the embedding."""

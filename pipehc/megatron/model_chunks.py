@@ -14,10 +14,9 @@ from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import nn
 
-from pipehc.megatron.chunk import unwrap
 from pipehc.megatron.mirror import count_once, equalize, gradient_groups
 from pipehc.megatron.position import acting_at, held_stages, megatron_place
 from pipehc.megatron.refusals import raise_everywhere, refuse_model, refuse_options, refuse_placement
@@ -88,7 +87,7 @@ def _build(
             collection.pp = group
             ends = {"pre_process": stage == 0, "post_process": stage + 1 == placement.stages}
             chunk = _call(model_provider, **ends, vp_stage=vp_stage, pg_collection=collection, **provider_arguments)
-        model = unwrap(chunk)
+        model = unwrap_model(chunk)
         refuse_model(model, placement)
         if (ours or settings is not None) and not model.decoder.layers:
             raise ValueError(f"stage {stage}: has no transformer layers, every stage needs one; change the pipeline layout")

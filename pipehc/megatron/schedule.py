@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -26,7 +26,7 @@ from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
 from pipehc.megatron.batches import batches_of
 from pipehc.megatron.buckets import BucketReduction
-from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, unwrap, wrappers
+from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, wrappers
 from pipehc.megatron.feedback import gain_feedback
 from pipehc.megatron.grad_sync import early_reduction, reduces_early, start_gathers, without_grad_sync
 from pipehc.megatron.mirror import mirrored_groups
@@ -225,11 +225,11 @@ class ForwardBackward:
         problem = None
         try:
             for chunk in new:
-                refuse_model(unwrap(chunk), self.source.placement(parallel_state.get_pipeline_model_parallel_world_size()))
-                self._chains[chunk] = decoder_chain(unwrap(chunk).decoder, self._block)
+                refuse_model(unwrap_model(chunk), self.source.placement(parallel_state.get_pipeline_model_parallel_world_size()))
+                self._chains[chunk] = decoder_chain(unwrap_model(chunk).decoder, self._block)
                 self._device = next(chunk.parameters()).device
                 install_deferral(chunk, self._reduction.landed)
-                if (head := getattr(unwrap(chunk), "output_layer", None)) is not None:
+                if (head := getattr(unwrap_model(chunk), "output_layer", None)) is not None:
                     self._reduction.computed_at_once.add(head.weight)  # by ChunkStage
                 for wrapper in wrappers(chunk):
                     if hasattr(wrapper, "pg_collection"):

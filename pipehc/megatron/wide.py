@@ -10,7 +10,7 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from pipehc.megatron.feedback import gain_feedback
-from pipehc.megatron.layer import HyperConnectionLayer
+from pipehc.megatron.layer import hyper_connection_layers
 from pipehc.megatron.versions import default_groups
 
 
@@ -29,7 +29,7 @@ class WideCommunicator(P2PCommunicator):
 
 def streams_of(model: Sequence[nn.Module]) -> int:
     """Streams of the hyper-connection layers in `model`; 1 if it has none."""
-    return max((m.streams for chunk in model for m in chunk.modules() if isinstance(m, HyperConnectionLayer)), default=1)
+    return max((layer.streams for layer in hyper_connection_layers(model)), default=1)
 
 
 def widened(function: Callable[..., list]) -> Callable[..., list]:
