@@ -51,6 +51,11 @@ class WeightGradStore:
             owed.pop()()
 
 
+def open_store() -> WeightGradStore | None:
+    """The store that is open in this thread."""
+    return _open.get()
+
+
 class Split(NamedTuple):
     """Tensor parallelism of a linear layer whose weight is split by rows: every rank of `group` makes its columns of the result.
 
@@ -86,7 +91,7 @@ def linear(
     # In the graph is a stand-in that requires grad: without one torch.matmul may choose another kernel, and there would be no
     # backward at all where `x` requires no grad.
     stand_in = weight.detach().requires_grad_(torch.is_grad_enabled())
-    return _Linear.apply(x, stand_in, None if bias is None else bias.detach(), accumulate, split, _open.get())
+    return _Linear.apply(x, stand_in, None if bias is None else bias.detach(), accumulate, split, open_store())
 
 
 class _Linear(torch.autograd.Function):

@@ -4,25 +4,22 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 
 class Bucket:
     """Gradients that are summed together: one of DDP's bucket groups."""
 
-    def __init__(self, group: Any, deferred: set[nn.Parameter]) -> None:
+    def __init__(self, group: Any, deferred: Collection[nn.Parameter]) -> None:
         self.group = group
         self.deferred = {parameter for parameter in group.params if parameter in deferred}  # what W computes of it
 
 
-def bucket_order(chunk: DistributedDataParallel, computed_at_once: Collection[nn.Parameter] = ()) -> list[Bucket]:
+def bucket_order(chunk: DistributedDataParallel, deferred: Collection[nn.Parameter]) -> list[Bucket]:
     """The buckets of a stage, first that of its last layers: W goes through the layers as the backward does.
 
     The order follows from the model alone, so that all replicas of a stage have the same.
     """
-    layers = [m for m in chunk.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
-    deferred = {layer.weight for layer in layers if layer.weight is not None}.difference(computed_at_once)
     place = {parameter: index for index, parameter in enumerate(chunk.module.parameters())}
     buckets = [Bucket(group, deferred) for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
     return sorted(buckets, key=lambda bucket: -min(place[parameter] for parameter in bucket.deferred or bucket.group.params))
@@ -34,13 +31,13 @@ class BucketReduction:
     def __init__(self) -> None:
         self._buckets: dict[DistributedDataParallel, list[Bucket]] = {}
         self._landing: Landing | None = None
-        self.computed_at_once: set[nn.Parameter] = set()
-        """Weights whose gradients are there before W, though their layers defer them."""
+        self.deferred: set[nn.Parameter] = set()
+        """The weights whose gradients W computes; to be filled before a chunk's buckets are asked for."""
 
     def buckets(self, chunk: DistributedDataParallel) -> list[Bucket]:
         """In the order in which they are summed."""
         if chunk not in self._buckets:
-            self._buckets[chunk] = bucket_order(chunk, self.computed_at_once)
+            self._buckets[chunk] = bucket_order(chunk, self.deferred)
         return self._buckets[chunk]
 
     def expect_last(self, chunk: DistributedDataParallel) -> None:

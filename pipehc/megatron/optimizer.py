@@ -37,7 +37,7 @@ class Optimizer:
         self._chunks = [_wrap(model, groups, config.runtime.bucket_size) for model in models]
         self._reduction = BucketReduction()
         for chunk in self._chunks:
-            install_deferral(chunk, self._reduction.landed)
+            self._reduction.deferred |= install_deferral(chunk, self._reduction.landed)
         self._megatron = _distributed_optimizer(config, groups, self._chunks)
         self._parts: list[DistributedOptimizer] = self._megatron.chained_optimizers  # dense and, with ep > 1, experts
         self._reducing: set[StageModel] = set()

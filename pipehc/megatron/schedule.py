@@ -228,9 +228,10 @@ class ForwardBackward:
                 refuse_model(unwrap_model(chunk), self.source.placement(parallel_state.get_pipeline_model_parallel_world_size()))
                 self._chains[chunk] = decoder_chain(unwrap_model(chunk).decoder, self._block)
                 self._device = next(chunk.parameters()).device
-                install_deferral(chunk, self._reduction.landed)
+                deferred = install_deferral(chunk, self._reduction.landed)
                 if (head := getattr(unwrap_model(chunk), "output_layer", None)) is not None:
-                    self._reduction.computed_at_once.add(head.weight)  # by ChunkStage
+                    deferred.discard(head.weight)  # ChunkStage computes its gradient at once
+                self._reduction.deferred |= deferred
                 for wrapper in wrappers(chunk):
                     if hasattr(wrapper, "pg_collection"):
                         # Float16Module asks it whether this is the last stage; without it, it asks as `acting_at` lets it.

@@ -1,21 +1,25 @@
-"""Deferred weight gradients (pipehc.wgrad) for Megatron's local linear layers, which have none of their own."""
+"""Deferred weight gradients (pipehc.wgrad) for the linear layers of Megatron's models: its local ones, which have none of their
+own, and TransformerEngine's."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
+from pipehc.megatron.te_wgrad import defer_te_layers, te_linear_layers
 from pipehc.megatron.versions import weight_shards
 from pipehc.wgrad import Accumulate, Split, linear
 
 Landed = Callable[[nn.Parameter], None]
 
 
-def install_deferral(model: nn.Module, landed: Landed | None = None) -> int:
-    """Route the weight gradients of every column- and row-parallel linear of `model` through `pipehc.wgrad`.
+def install_deferral(model: nn.Module, landed: Landed | None = None) -> set[nn.Parameter]:
+    """Route the weight gradients of every column- and row-parallel linear of `model` through `pipehc.wgrad`; call it once.
 
     That is all projections of attention, dense FFN, routed and shared experts, and the output layer, with any tensor and sequence
     parallelism: what the layers exchange of activations and their gradients stays in forward and backward. The bias that a
@@ -24,19 +28,22 @@ def install_deferral(model: nn.Module, landed: Landed | None = None) -> int:
 
     A weight with several uses, as of a tied embedding and output layer, gets the gradient of each use once.
 
+    TransformerEngine's layers are deferred too where TE can delay them; a warning of rank 0 says how many are not, and why.
+
     Args:
         model: a stage, or Megatron's DDP around one: then gradients go into `main_grad` through DDP's own hook, which also starts
             the overlapped reduction of a bucket whose gradients are complete.
         landed: called with a parameter after each gradient that went to it this way.
 
     Returns:
-        How many layers were changed.
+        The weights whose gradients are deferred.
 
     Raises:
         ValueError: for what replaces the weight gradient by another: defer_embedding_wgrad_compute, and weights in shards (GTP).
     """
-    layers = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
-    for layer in layers:
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+    te_layers: list[Any] = te_linear_layers(model)
+    for layer in layers + te_layers:
         if layer.config.defer_embedding_wgrad_compute:
             raise ValueError("defer_embedding_wgrad_compute = True: must be False, weight gradients are deferred by the schedule")
         if weight_shards(layer) != 1:
@@ -44,29 +51,39 @@ def install_deferral(model: nn.Module, landed: Landed | None = None) -> int:
     accumulators = _Accumulators(model, landed)
     for layer in layers:
         layer._forward_impl = _forward_impl(layer, accumulators)
-    return len(layers)
+    overlapped = isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_grad_reduce
+    deferred, at_once = defer_te_layers(te_layers, accumulators.__getitem__, overlapped=overlapped)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for reason, count in at_once.items():
+            text = f"pipehc: {count} TransformerEngine layers compute their weight gradients in the backward, not in W: {reason}"
+            warnings.warn(text, stacklevel=2)
+    return deferred.union(layer.weight for layer in layers if layer.weight is not None)
 
 
 class _Accumulators:
-    """For a parameter: what autograd would do with a gradient of it. Adds it to `.grad`, then runs DDP's hook if there is one."""
+    """For a parameter: what autograd would do with a gradient of it. Adds it to `.grad`, then runs DDP's hook if there is one.
+
+    Called with None, it only says that the gradient has been added to `main_grad`.
+    """
 
     def __init__(self, model: nn.Module, landed: Landed | None) -> None:
         self._ddp, self._landed = model if isinstance(model, DistributedDataParallel) else None, landed
-        self._made: dict[nn.Parameter, Callable[[torch.Tensor], None]] = {}
+        self._made: dict[nn.Parameter, Callable[[torch.Tensor | None], None]] = {}
 
-    def __getitem__(self, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    def __getitem__(self, parameter: nn.Parameter) -> Callable[[torch.Tensor | None], None]:
         if parameter not in self._made:
             self._made[parameter] = self._make(parameter)
         return self._made[parameter]
 
-    def _make(self, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    def _make(self, parameter: nn.Parameter) -> Callable[[torch.Tensor | None], None]:
         hook = self._ddp._make_backward_post_hook(parameter) if self._ddp is not None else None
 
-        def accumulate(gradient: torch.Tensor) -> None:
-            with torch.no_grad():
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                if hook is not None:
-                    hook()
+        def accumulate(gradient: torch.Tensor | None) -> None:
+            if gradient is not None:
+                with torch.no_grad():
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                    if hook is not None:
+                        hook()
             if self._landed is not None:
                 self._landed(parameter)
 
