@@ -1,8 +1,10 @@
 """MLA of a user's job without TransformerEngine: what 0.19.2's local layers lack."""
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
@@ -11,16 +13,29 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 
+def context_positions(length, size, rank):
+    """Which positions of a sequence a context-parallel rank has in Megatron: a chunk from the front, one from the back."""
+    chunks = torch.arange(length).chunk(2 * size)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
 class CoreAttention(MegatronModule):
-    """Causal attention whose keys and values may differ in width."""
+    """Causal attention whose keys and values may differ in width; under context parallelism every rank gathers all of them."""
 
     def __init__(self, config, softmax_scale=None, **_):
         super().__init__(config=config)
         self.scale = softmax_scale
 
     def forward(self, query, key, value, attention_mask=None, **_):
+        group = parallel_state.get_context_parallel_group()
+        length, size = len(query) * group.size(), group.size()
+        own, *_ = places = [context_positions(length, size, (group.rank() + i) % size) for i in range(size)]
+        if size > 1:
+            order = torch.cat(sorted(places, key=lambda place: int(place[0]))).argsort()
+            key, value = (gather_from_sequence_parallel_region(t.contiguous(), group=group)[order] for t in (key, value))
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        mask = own[:, None] >= torch.arange(length)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

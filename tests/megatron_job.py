@@ -14,7 +14,7 @@ import torch.distributed as dist
 VOCABULARY, SEQUENCE, MICRO_BATCH = 128, 32, 2
 
 
-def initialize(tp=1, pp=1, ep=1, vpp=None):
+def initialize(tp=1, pp=1, ep=1, vpp=None, cp=1):
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -25,6 +25,7 @@ def initialize(tp=1, pp=1, ep=1, vpp=None):
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1 if ep > 1 else None,
     )
@@ -162,11 +163,16 @@ def loss_function(loss_mask, output):
 
 
 def forward_step(iterator, model):
+    from megatron.core import parallel_state as ps
+    from megatron_attention import context_positions
+
     tokens, labels = next(iterator)
-    positions = torch.arange(SEQUENCE)[None].expand(MICRO_BATCH, -1)
+    own = context_positions(SEQUENCE, ps.get_context_parallel_world_size(), ps.get_context_parallel_rank())
+    tokens, labels = tokens[:, own], labels[:, own]
+    positions = own[None].expand(MICRO_BATCH, -1)
     mask = torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool), 1)
     output = model(tokens, positions, mask, labels=labels)
-    return output, partial(loss_function, torch.ones(MICRO_BATCH, SEQUENCE))
+    return output, partial(loss_function, torch.ones_like(labels, dtype=torch.float32))
 
 
 class Job:
@@ -175,7 +181,7 @@ class Job:
     schedule: None for Megatron's own, else what `pipehc.megatron.forward_backward_func` takes.
     """
 
-    def __init__(self, schedule=None, *, tp=1, pp=1, ep=1, vpp=None, layers=8, residual=None, distributed_optimizer=False,
+    def __init__(self, schedule=None, *, tp=1, pp=1, ep=1, cp=1, vpp=None, layers=8, residual=None, distributed_optimizer=False,
                  overlap_grad_reduce=False, bucket_size=None, options=(), model_options=(), run=(), search=()):  # fmt: skip
         from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -183,9 +189,9 @@ class Job:
 
         from pipehc.megatron import build_model_chunks, forward_backward_func, gradient_groups_of, wrap_model_chunks
 
-        initialize(tp, pp, ep, vpp)
+        initialize(tp, pp, ep, vpp, cp)
         self.schedule, search = schedule, dict(search)
-        self.config = config = model_config(tp, pp, ep, vpp, layers, **dict(options))
+        self.config = config = model_config(tp, pp, ep, vpp, layers, context_parallel_size=cp, **dict(options))
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=False, overlap_grad_reduce=overlap_grad_reduce, use_distributed_optimizer=distributed_optimizer,
             bucket_size=bucket_size,

@@ -67,6 +67,8 @@ SLOW = [
     (4, {"schedule": "dualpipe", "pp": 2, "overlap_grad_reduce": True}),
     (4, {"schedule": "dualpipev", "pp": 2, "tp": 2, "vpp": 2}),
     (4, {"schedule": "auto", "pp": 2, "tp": 2, "search": {"time_limit": 2}}),
+    (4, {"schedule": "dualpipe", "pp": 2, "cp": 2}),
+    (4, {"schedule": "dualpipe", "pp": 2, "cp": 2, "ep": 2, **SHARDED}),
     (8, {"schedule": "dualpipe", "pp": 2, "tp": 2, "ep": 2, **SHARDED}),
     (4, {"schedule": "dualpipe", "pp": 4, "run": {"overlap": False, "recompute": False}}),
     (4, {"schedule": build("dualpipe", 4, 8), "pp": 4, "run": {"recompute_block": 1}}),
@@ -111,6 +113,8 @@ SLOW_FAMILY = [
     (4, "mhc", {"schedule": "dualpipe", "pp": 2, "ep": 2, **SHARDED}),
     (4, "mhc", {"schedule": "dualpipe", "pp": 2, "tp": 2}),
     (4, "mhc", {"schedule": "auto", "pp": 4, "search": {"time_limit": 2}}),
+    (4, "mhc", {"schedule": "dualpipev", "pp": 2, "vpp": 2, "cp": 2}),
+    (4, "mhc", {"pp": 2, "cp": 2}),
     *((4, kind, {"schedule": "dualpipe", "pp": 4}) for kind in ("hc", "isohc", "hybrid", "harmonized")),
     (4, "harmonized", {"pp": 4}),
 ]

@@ -15,7 +15,7 @@ import torch
 
 from pipehc.megatron import cpu
 
-_FACTORIES = ("empty", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "as_tensor")
+_FACTORIES = ("tensor", "empty", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "as_tensor")
 
 
 def install() -> None:
