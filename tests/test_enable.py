@@ -42,11 +42,11 @@ def pretrain(rank, arguments):
 
 
 def losses(processes, arguments):
-    """[(loss, gradient norm)] of the iterations, and the validation loss after the last."""
+    """[(loss, gradient norm, norm of the parameters if it is logged)] of the iterations, and the validation loss after the last."""
     printed = "".join(run_ranks(pretrain, processes, arguments, timeout=280))
-    steps = re.findall(r"lm loss: ([\d.E+-]+) .* grad norm: ([\d.]+)", printed)
+    steps = re.findall(r"lm loss: ([\d.E+-]+) .* grad norm: ([\d.]+)(?: .* params norm: ([\d.]+))?", printed)
     validation = re.findall(r"validation loss at iteration 6 \| lm loss value: ([\d.E+-]+)", printed)
-    return [(float(a), float(b)) for a, b in steps], float(validation[-1]) if validation else None
+    return [tuple(float(figure) for figure in step if figure) for step in steps], float(validation[-1]) if validation else None
 
 
 def assert_same(found, expected, first=0, rounding=1.0):
@@ -55,8 +55,8 @@ def assert_same(found, expected, first=0, rounding=1.0):
     assert len(steps) == len(other)
     for k, (a, b) in enumerate(zip(steps, other)):
         if first and k == 1:
-            b = ((other[0][0] + b[0]) / 2, b[1])
-        assert a[0] == pytest.approx(b[0], abs=rounding * 3e-6) and a[1] == pytest.approx(b[1], abs=rounding * 1.1e-3), (k, a, b)
+            b = ((other[0][0] + b[0]) / 2, *b[1:])
+        assert a[0] == pytest.approx(b[0], abs=rounding * 3e-6) and a[1:] == pytest.approx(b[1:], abs=rounding * 1.1e-3), (k, a, b)
     assert found[1] == pytest.approx(expected[1], abs=rounding * 5e-6)
 
 
@@ -89,6 +89,9 @@ def test_the_job_in_other_layouts(plain, processes, arguments):
 
 EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2 --moe-router-topk 2 "
 
+# Overflows in its first iterations, which Megatron's own loop does not survive with --overlap-param-gather.
+HALF = "--fp16 --initial-loss-scale 8388608 --accumulate-allreduce-grads-in-fp32 --hysteresis 1 "
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -96,16 +99,35 @@ EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall --expert-model-p
     [
         "--pipeline-model-parallel-size 4 ",
         PP2 + "--bf16 " + SHARDED + "--ddp-num-buckets 4 ",
+        PP2 + HALF + "--use-distributed-optimizer --overlap-grad-reduce --log-params-norm ",
         PP2 + "--tensor-model-parallel-size 2 --sequence-parallel ",
-        PP2 + EXPERTS + "--moe-aux-loss-coeff 1e-2 ",
+        PP2 + EXPERTS + "--moe-aux-loss-coeff 1e-2 --log-params-norm ",
+        PP2 + EXPERTS + "--bf16 --use-distributed-optimizer --residual mhc --log-params-norm ",
         PP2 + EXPERTS + SHARDED + "--calculate-per-token-loss ",
     ],
 )
 def test_other_jobs_under_dualpipe(arguments):
     """Layouts that draw their weights from other numbers, each against itself under Megatron's own schedule."""
-    # In bf16 gradients are rounded before they are summed, in another order.
-    rounding = 50 if "bf16" in arguments else 1
+    # In 16 bits gradients are rounded before they are summed, in another order.
+    rounding = 50 if "bf16" in arguments or "fp16" in arguments else 1
     assert_same(losses(4, arguments + "--schedule dualpipe"), losses(4, arguments), rounding=rounding)
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory):
+    """A checkpoint of the plain job after three iterations."""
+    folder = tmp_path_factory.mktemp("halfway")
+    losses(2, f"{PP2}--save-interval 3 --exit-interval 3 --save {folder}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("schedule", ["dualpipev", "zbv", "interleaved"])
+def test_two_chunks_a_rank_go_on_where_the_plain_job_stopped(plain, halfway, schedule, ranks):
+    """Their own weights would be drawn from other numbers."""
+    arguments = f"--pipeline-model-parallel-size {ranks} {VPP2}--schedule {schedule} --load {halfway}"
+    assert_same(losses(ranks, arguments), plain, first=3)
 
 
 @pytest.mark.slow

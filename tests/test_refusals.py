@@ -43,7 +43,7 @@ def test_enabling_twice_and_taking_it_back():
     names = [
         (pipeline_parallel, "get_forward_backward_func"),
         *((training, name) for name in ("get_forward_backward_func", "get_model", "get_megatron_optimizer",
-                                        "setup_model_and_optimizer", "build_train_valid_test_data_iterators")),
+                                        "setup_model_and_optimizer", "build_train_valid_test_data_iterators", "calc_params_l2_norm")),
     ]  # fmt: skip
     before = [getattr(owner, name) for owner, name in names]
     with enable("dualpipe"):
@@ -100,7 +100,6 @@ JOBS = [
     ("dualpipe", dict(qk_clip=True), "qk_clip = True"),
     ("dualpipe", dict(moe_router_load_balancing_type=["aux_loss", "global_aux_loss"]), "load_balancing_type = .*global_aux_loss"),
     ("dualpipe", dict(moe_router_load_balancing_type="quantile_balancing"), "load_balancing_type = 'quantile_balancing'"),
-    ("dualpipe", dict(log_params_norm=True, expert_model_parallel_size=2), "log_params_norm = True"),
     ("1f1b", dict(num_distributed_optimizer_instances=2), "num_distributed_optimizer_instances = 2"),
     ("megatron", dict(dataloader_inter_document_masking=True), "dataloader_inter_document_masking = True"),
     ("dualpipe", SAVING, "set --dist-ckpt-optim-fully-reshardable"),

@@ -14,7 +14,7 @@ from megatron.core import parallel_state, pipeline_parallel
 from megatron.core.utils import get_model_config
 
 from pipehc.megatron.job_refusals import refuse_job
-from pipehc.megatron.mirror import count_once, gradient_groups
+from pipehc.megatron.mirror import count_once, counted_once, gradient_groups
 from pipehc.megatron.model_chunks import build_chunks
 from pipehc.megatron.position import acting_at, held_stages, megatron_place
 from pipehc.megatron.schedule import ForwardBackward, forward_backward_func
@@ -80,6 +80,7 @@ class Enabled:
         self._replace(training, "get_model", self._get_model)
         self._replace(training, "get_megatron_optimizer", self._get_megatron_optimizer)
         self._replace(training, "build_train_valid_test_data_iterators", self._build_data_iterators)
+        self._replace(training, "calc_params_l2_norm", self._calc_params_l2_norm)
 
     def disable(self) -> None:
         """Takes everything back. Chunks that were built stay as they are."""
@@ -170,6 +171,20 @@ class Enabled:
                 return original(provider)
 
         return build_train_valid_test_data_iterators
+
+    def _calc_params_l2_norm(self, original: Callable[..., float]) -> Callable[..., float]:
+        """--log-params-norm sums over the whole pipeline, where two ranks have each stage."""
+
+        def calc_params_l2_norm(model: Any, force_create_fp32_copy: bool = False) -> float:
+            from megatron.training import get_args
+
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            placement = self._source.placement(pipeline.size())
+            if placement.lanes == 2:
+                model = counted_once(model, held_stages(placement, pipeline.rank()), get_args().bf16 and not force_create_fp32_copy)
+            return original(model, force_create_fp32_copy)
+
+        return calc_params_l2_norm
 
 
 def _provider_of(model_config: Any) -> Callable[..., torch.nn.Module]:

@@ -88,9 +88,6 @@ def _refuse_replicas(args: Namespace) -> None:
                 f"moe_router_load_balancing_type = {balancing!r}: each of two replicas would balance its own micro-batches; "
                 "use aux_loss, seq_aux_loss or the expert bias"
             )
-    experts = (getattr(args, "expert_model_parallel_size", None) or 1) > 1
-    if getattr(args, "log_params_norm", False) and experts and not args.use_distributed_optimizer:
-        raise ValueError("log_params_norm = True: takes experts for unshared; set --use-distributed-optimizer or leave it out")
 
 
 def _refuse_checkpoints(args: Namespace) -> None:

@@ -99,6 +99,24 @@ def count_once(chunks: Sequence[Any], held: Sequence[tuple[int, int]], config: A
         _keep_out_of_checkpoints(chunk)
 
 
+class Counted:
+    """A model chunk to functions that ask for its parameters and sum over the job: those that no other replica answers for."""
+
+    def __init__(self, chunk: nn.Module, lane: int, sharded: bool) -> None:
+        self._chunk, self._lane, self._sharded = chunk, lane, sharded
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for parameter in self._chunk.parameters():
+            if self._lane == 0 or (self._sharded and getattr(parameter, "main_param_sharded", False)):
+                yield parameter
+
+
+def counted_once(chunks: Sequence[nn.Module], held: Sequence[tuple[int, int]], sharded: bool) -> list[Counted]:
+    """Stands in for the chunks of a rank. sharded: the distributed optimizer's shards will be asked for, each of which there is
+    once, instead of the parameters, of which each replica has all."""
+    return [Counted(chunk, lane, sharded) for chunk, (lane, _) in zip(chunks, held, strict=True)]
+
+
 def _keep_out_of_checkpoints(chunk: Any) -> None:
     """Marks all that the chunk gives to checkpoints as a replica: loaded, but not saved."""
     model = unwrap_model(chunk)
