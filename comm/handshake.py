@@ -39,6 +39,16 @@ def compare_neighbours(facts: Mapping[str, object], groups: Mapping[Edge, dist.P
         raise ValueError("; ".join(problems) + ": must be equal (do all ranks run the same code and configuration?)")
 
 
+def first_problem(problem: str | None) -> str | None:
+    """The problem of the first rank that has one, on every rank; with its number, unless all have the same. Collective."""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    for rank, text in enumerate(found):
+        if text is not None:
+            return text if found.count(text) == len(found) else f"rank {rank}: {text}"
+    return None
+
+
 def connect(groups: Mapping[Edge, dist.ProcessGroup], device: torch.device | str = "cpu") -> None:
     """Sends one element over every edge, one edge after the other in an order that is the same on all ranks.
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pipehc.activations import Activations
 from pipehc.comm.groups import edge_groups
-from pipehc.comm.handshake import compare_neighbours, connect, digest
+from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import join, make_queues
 from pipehc.config import Config, ConfigError
@@ -203,7 +203,8 @@ class Trainer:
         everywhere = torch.stack([total if finite else torch.zeros_like(total), total.new_tensor(float(not finite))])
         dist.all_reduce(everywhere)
         if everywhere[1] > 0:
-            self._stop_everywhere(None if finite else f"the loss of step {step} is {float(total)}; no weight was changed")
+            own = None if finite else f"the loss of step {step} is {float(total)}; no weight was changed"
+            raise TrainingError(first_problem(own))
         return float(everywhere[0]) / tokens_in_all
 
     def _expect_last(self, held: tuple[int, int]) -> None:
@@ -213,14 +214,6 @@ class Trainer:
     def _start_reduction(self, held: tuple[int, int]) -> None:
         join(self._queues)  # gradients of hyper-connections come from other queues
         self.optimizer.start_reduction(self.models[held])
-
-    def _stop_everywhere(self, problem: str | None) -> None:
-        """Raises the first rank's problem as TrainingError on every rank, if any rank has one. Collective."""
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, problem)
-        for rank, text in enumerate(found):
-            if text is not None:
-                raise TrainingError(f"rank {rank}: {text}")
 
 
 def _same_everywhere(config: Config, ranks: int, microbatches: int) -> Schedule:

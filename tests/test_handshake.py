@@ -5,7 +5,7 @@ import torch
 from tiny_model import tiny_config
 
 from pipehc.comm.groups import edge_groups
-from pipehc.comm.handshake import compare_neighbours, connect, digest, overlap_warnings
+from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem, overlap_warnings
 from pipehc.schedules import build, compile
 from processes import run_ranks
 
@@ -36,6 +36,14 @@ def test_a_mismatch_names_both_ranks_and_both_values_on_every_rank():
     ):
         assert part in messages[0]
     assert "rank 0 has" not in messages[0]  # not a neighbour of rank 2
+
+
+def test_every_rank_hears_of_the_first_problem():
+    def tell(rank):
+        alone, all_of_them = (None, None, "late", "later")[rank], "the same"
+        return first_problem(alone), first_problem(all_of_them), first_problem(None)
+
+    assert run_ranks(tell, 4) == [("rank 2: late", "the same", None)] * 4
 
 
 def test_a_missing_fact_is_a_mismatch():

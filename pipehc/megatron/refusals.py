@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
+from pipehc.comm.handshake import first_problem
 from pipehc.schedules import Placement
 
 # option of Megatron's configuration -> (values that are fine, why not, remedy)
@@ -43,11 +42,8 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
 
 def raise_everywhere(problem: str | None) -> None:
     """ValueError with the first rank's problem, on every rank, if any rank has one. Collective."""
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problem)
-    for rank, text in enumerate(found):
-        if text is not None:
-            raise ValueError(text if found.count(text) == len(found) else f"rank {rank}: {text}")
+    if (found := first_problem(problem)) is not None:
+        raise ValueError(found)
 
 
 def refuse_options(config: Any) -> None:
