@@ -29,6 +29,7 @@ from pipehc.megatron.buckets import BucketReduction
 from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, wrappers
 from pipehc.megatron.feedback import gain_feedback
 from pipehc.megatron.grad_sync import early_reduction, reduces_early, start_gathers, without_grad_sync
+from pipehc.megatron.hang import HangReport
 from pipehc.megatron.mirror import mirrored_groups
 from pipehc.megatron.position import exchanged, held_stages, megatron_place
 from pipehc.megatron.refusals import raise_everywhere, refuse_call, refuse_model
@@ -52,6 +53,7 @@ def forward_backward_func(
     timeout_s: float = 600.0,
     trace_steps: tuple[int, int] | None = None,
     trace_folder: str = "pipehc_trace",
+    watchdog_folder: str = "pipehc_watchdog",
     nvtx: bool = False,
     **search: Any,
 ) -> Callable[..., list]:
@@ -66,7 +68,9 @@ def forward_backward_func(
         recompute: drop after the forward what hyper-connections can rebuild, and rebuild it before the gradient arrives.
         recompute_block: sub-layers of a recompute block; None: all of a chunk.
         overlap: interleave the two halves of an overlapped pair, node by node.
-        timeout_s: how long a rank waits for a stage message before it fails.
+        timeout_s: how long a rank waits inside a step, for a stage message or anything else of other ranks, before it fails.
+            Computing does not count.
+        watchdog_folder: a rank that fails inside a step writes there what it waited for, its last 200 instructions and its stacks.
         trace_steps: record these training steps (first and last, counted from 1 in this process) into files in `trace_folder`.
         nvtx: open a range for every action and node, for Nsight Systems and torch.profiler.
         search: for "auto": costs (`pipehc.schedules.Costs`), placement ("linear", "v" or "bidirectional"), and max_live,
@@ -87,7 +91,8 @@ def forward_backward_func(
     if trace_steps is not None and not 1 <= trace_steps[0] <= trace_steps[1]:
         raise ValueError(f"trace_steps = {trace_steps}: must be (first, last) with 1 <= first <= last, or None")
     tracing = Tracing(trace_steps, Path(trace_folder), nvtx)
-    return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, timeout_s, tracing)
+    hang = HangReport(timeout_s, Path(watchdog_folder))
+    return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, tracing, hang)
 
 
 def _megatrons_own(**arguments: Any) -> list:
@@ -103,11 +108,11 @@ class ForwardBackward:
         recompute: bool,
         recompute_block: int | None,
         overlap: bool,
-        timeout_s: float,
         tracing: Tracing,
+        hang: HangReport,
     ) -> None:
-        self.source, self._tracing = source, tracing
-        self._recompute, self._block, self._overlap, self._timeout = recompute, recompute_block, overlap, timeout_s
+        self.source, self._tracing, self._hang = source, tracing, hang
+        self._recompute, self._block, self._overlap = recompute, recompute_block, overlap
         self._chains: dict[nn.Module, Chain] = {}
         self._reduction = BucketReduction()
         self._programs: dict[tuple[int, bool], Program] = {}
@@ -159,8 +164,9 @@ class ForwardBackward:
         lanes = [program.schedule.lane_microbatches(lane) for lane, _ in held]
         batches = batches_of(data_iterator, lanes, num_microbatches)
         recompute = self._recompute and not forward_only
-        mailbox = self._mailbox(config, seq_length, micro_batch_size, streams_of(chunks), groups)
-        observers: list[Any] = self._tracing.observers(forward_only, pipeline.rank(), self._device)
+        # Megatron's 1F1B goes by the decoder's length if it is given.
+        mailbox = self._mailbox(config, decoder_seq_length or seq_length, micro_batch_size, streams_of(chunks), groups)
+        observers = [self._hang.watchdog, *self._tracing.observers(forward_only, pipeline.rank(), self._device)]
         stages = {
             (lane, stage): ChunkStage(
                 chunk, self._chains[chunk], megatron_place(placement, stage), (stage == 0, stage + 1 == placement.stages),
@@ -168,27 +174,29 @@ class ForwardBackward:
             )
             for (lane, stage), chunk, own in zip(held, chunks, batches)
         }  # fmt: skip
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._tracing.recording(observers, mailbox, program, self._pipelines, recompute))
-            for stage in stages.values():
-                stack.enter_context(stage.intercepted())
-            if not forward_only:
-                stack.enter_context(gain_feedback(chunks))
-                stack.enter_context(without_grad_sync(chunks, config))
-                start_gathers(chunks)
-                if not force_all_reduce and all(map(reduces_early, chunks)):
-                    by_place = dict(zip(held, chunks))
-                    early = early_reduction(program, pipeline.rank(), by_place, config, self._reduction, self._queues)
-                    observers.append(early)
-            instructions = program.instructions[pipeline.rank()]
-            execute(instructions, placement, stages, mailbox, observers, self._overlap, self._queues)
-        for own in {id(b): b for b in batches if b is not None}.values():
-            own.finish()
-        if config.finalize_model_grads_func is not None and not forward_only:
-            self._finalize(chunks, config, list(stages.values()), placement, groups, force_all_reduce)
-        reports = {m: data for stage in stages.values() for m, report in stage.reported.items() for data in report}
-        if _scattered_losses(placement):
-            reports = _gathered(reports, pipeline, self._device)
+        where = "in an evaluation" if forward_only else f"in training step {self._tracing.step}"
+        with self._hang.around(where, mailbox):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._tracing.recording(observers, mailbox, program, self._pipelines, recompute))
+                for stage in stages.values():
+                    stack.enter_context(stage.intercepted())
+                if not forward_only:
+                    stack.enter_context(gain_feedback(chunks))
+                    stack.enter_context(without_grad_sync(chunks, config))
+                    start_gathers(chunks)
+                    if not force_all_reduce and all(map(reduces_early, chunks)):
+                        by_place = dict(zip(held, chunks))
+                        early = early_reduction(program, pipeline.rank(), by_place, config, self._reduction, self._queues)
+                        observers.append(early)
+                instructions = program.instructions[pipeline.rank()]
+                execute(instructions, placement, stages, mailbox, observers, self._overlap, self._queues)
+            for own in {id(b): b for b in batches if b is not None}.values():
+                own.finish()
+            if config.finalize_model_grads_func is not None and not forward_only:
+                self._finalize(chunks, config, list(stages.values()), placement, groups, force_all_reduce)
+            reports = {m: data for stage in stages.values() for m, report in stage.reported.items() for data in report}
+            if _scattered_losses(placement):
+                reports = _gathered(reports, pipeline, self._device)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return [reports[m] for m in sorted(reports)] if pipeline.rank() + 1 == pipeline.size() else []
@@ -261,7 +269,7 @@ class ForwardBackward:
         dtype = config.pipeline_dtype or config.params_dtype
         if (shape, dtype) not in self._mailboxes:
             compare_neighbours({"stage message": f"{shape} {dtype}"}, self._groups)
-            self._mailboxes[shape, dtype] = Mailbox(self._groups, shape, dtype, self._device, self._timeout)
+            self._mailboxes[shape, dtype] = Mailbox(self._groups, shape, dtype, self._device, self._hang.timeout_s)
         return self._mailboxes[shape, dtype]
 
     def _connect(self, placement: Placement) -> None:
@@ -273,7 +281,7 @@ class ForwardBackward:
         dist.all_gather_object(everyone, own)
         self._pipelines = pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
         there = {(a, b) for lane in placement.table for a, b in pairwise(lane) if a != b}
-        self._groups = edge_groups(pipelines, sorted(there | {(b, a) for a, b in there}), self._timeout)
+        self._groups = edge_groups(pipelines, sorted(there | {(b, a) for a, b in there}), self._hang.timeout_s)
         connect(self._groups, self._device)
         if dist.get_rank() == 0:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
