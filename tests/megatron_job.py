@@ -178,11 +178,13 @@ def forward_step(iterator, model):
 class Job:
     """Chunks, optimizer and scheduler of one rank.
 
-    schedule: None for Megatron's own, else what `pipehc.megatron.forward_backward_func` takes.
+    schedule: None for Megatron's own, else what `pipehc.megatron.forward_backward_func` takes. frozen: matches the global names of
+    parameters that are not trained.
     """
 
     def __init__(self, schedule=None, *, tp=1, pp=1, ep=1, cp=1, vpp=None, layers=8, residual=None, distributed_optimizer=False,
-                 overlap_grad_reduce=False, bucket_size=None, options=(), model_options=(), run=(), search=()):  # fmt: skip
+                 overlap_grad_reduce=False, bucket_size=None, options=(), model_options=(), frozen=None, run=(),
+                 search=()):  # fmt: skip
         from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -201,6 +203,8 @@ class Job:
         chunks = build_model_chunks(model_provider, name, residual=residual, **search)
         for chunk in chunks:
             initialise(chunk)
+            for title, parameter in chunk.named_parameters():
+                parameter.requires_grad_(not (frozen and re.search(frozen, global_name(chunk, title))))
         self.chunks = wrap_model_chunks(chunks, ddp, name, **search)
         settings = OptimizerConfig(
             optimizer="adam", lr=1e-3, min_lr=0.0, weight_decay=0.01, clip_grad=1.0, params_dtype=torch.float32,
@@ -221,11 +225,12 @@ class Job:
 
     def call(self, step, microbatches, forward_only=False, forward_step=forward_step, **more):
         iterators = [batches(step, microbatches) for _ in self.chunks]
-        return self.forward_backward(
+        arguments = dict(
             forward_step_func=forward_step, data_iterator=iterators if len(iterators) > 1 else iterators[0], model=self.chunks,
             num_microbatches=microbatches, seq_length=SEQUENCE, micro_batch_size=MICRO_BATCH, decoder_seq_length=SEQUENCE,
-            forward_only=forward_only, **more,
+            forward_only=forward_only,
         )  # fmt: skip
+        return self.forward_backward(**(arguments | more))
 
     def step(self, step, microbatches):
         """(loss, gradient norm), the same on every rank."""

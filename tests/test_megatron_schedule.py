@@ -7,6 +7,7 @@ import megatron.core.pipeline_parallel.schedules  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_job import MICRO_BATCH, SEQUENCE, Job, forward_step, train
 
 from pipehc.schedules import Costs, build
@@ -74,6 +75,7 @@ SLOW = [
     (4, {"schedule": build("dualpipe", 4, 8), "pp": 4, "run": {"recompute_block": 1}}),
     (2, {"schedule": "1f1b", "pp": 2, "options": {"num_layers_in_first_pipeline_stage": 3}}),
     (2, {"schedule": "dualpipe", "pp": 2, "options": {"num_layers_in_first_pipeline_stage": 3}}),
+    (2, {"schedule": "dualpipe", "pp": 2, "options": {"pipeline_model_parallel_layout": "Ettt|tttttL"}}),
     *(
         (2, {"schedule": "dualpipe", "pp": 2, "options": {"recompute_granularity": "selective", "recompute_modules": [part]}})
         for part in ("core_attn", "mla_up_proj", "moe", "shared_experts")
@@ -96,6 +98,15 @@ def test_dropout_draws_the_numbers_that_it_would_have(layout):
     arguments = layout | {"options": {"hidden_dropout": 0.2}}
     processes = layout["pp"] * layout.get("tp", 1)
     check(run_ranks(train, processes, arguments, timeout=240)[0], processes, schedule="1f1b", **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [r"embedding|layers\.[0-3]\.", r"^(?!.*layers\.5\.)", "attention|experts"])
+def test_frozen_parameters(frozen):
+    """A whole stage; all but one layer; the weights that most of the time goes to."""
+    expected = run_ranks(train, 2, {"pp": 2, "frozen": frozen}, timeout=240)[0]
+    for more in ({"schedule": "1f1b"}, {"schedule": "dualpipe", **SHARDED}):
+        check(expected, 2, pp=2, frozen=frozen, **more)
 
 
 @pytest.mark.slow
@@ -171,6 +182,7 @@ def contract(rank, schedule, vpp):
         found[name] = [r if torch.is_tensor(r) else r["lm loss"] for r in reports], gradients(job)
 
     run("three")
+    run("decoder's length", seq_length=2 * SEQUENCE)  # which Megatron's 1F1B goes by
     run("two", forward_step=partial(step_with, two_tuple))
     job.config.calculate_per_token_loss = True
     for chunk in job.chunks:  # what DDP does at construction for this option
@@ -196,13 +208,35 @@ def test_losses_and_gradients_by_megatrons_rules(schedule, vpp):
     """2- and 3-tuples, per-token loss, forward_only, non-loss data: reports in the order of micro-batches, on the last rank."""
     mine = run_ranks(contract, 2, schedule, vpp, timeout=240)
     theirs = run_ranks(contract, 2, None, None, timeout=240)
-    for name in ("three", "two", "per token"):
+    for name in ("three", "decoder's length", "two", "per token"):
         assert torch.stack(mine[1][name][0]).sub(torch.stack(theirs[1][name][0])).abs().max() < 1e-4, name
         for part in (mine, theirs):
             assert any(float(g.abs().max()) > 0 for g in part[0][name][1])
         norms = [sum(float(g.double().square().sum()) for rank in part for g in rank[name][1]) for part in (mine, theirs)]
         copies = 2 if schedule == "dualpipe" else 1  # reduced over both replicas
         assert norms[0] == pytest.approx(copies * norms[1], rel=1e-5), name
+
+
+def step_with_more(given, iterator, model):
+    unwrapped = model.module
+    unwrapped.forward = partial(type(unwrapped).forward, unwrapped, **given)
+    return forward_step(iterator, model)
+
+
+JOINED = PackedSeqParams(qkv_format="sbhd", tokens_per_sample=8, max_seqlen_q=SEQUENCE, max_seqlen_kv=SEQUENCE)
+MORE = [
+    ({"extra_block_kwargs": {"context_mask": 1}}, "context_mask: must be None"),
+    ({"packed_seq_params": JOINED}, "tokens_per_sample: must be None"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), MORE, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_layers_would_not_get_is_refused(given, message):
+    def call(rank):
+        with pytest.raises(ValueError, match=message):
+            Job("1f1b").call(0, 1, forward_step=partial(step_with_more, given))
+
+    run_ranks(call, 1)
 
 
 def grad_sync(rank):

@@ -43,7 +43,8 @@ def test_enabling_twice_and_taking_it_back():
     names = [
         (pipeline_parallel, "get_forward_backward_func"),
         *((training, name) for name in ("get_forward_backward_func", "get_model", "get_megatron_optimizer",
-                                        "setup_model_and_optimizer", "build_train_valid_test_data_iterators", "calc_params_l2_norm")),
+                                        "setup_model_and_optimizer", "build_train_valid_test_data_iterators",
+                                        "calc_params_l2_norm")),
     ]  # fmt: skip
     before = [getattr(owner, name) for owner, name in names]
     with enable("dualpipe"):
@@ -61,7 +62,8 @@ BROKEN = {
     "fine_grained_activation_offloading": True, "recompute_granularity": "full", "overlap_moe_expert_parallel_comm": True,
     "delay_wgrad_compute": True, "defer_embedding_wgrad_compute": True, "variable_seq_lengths": True, "enable_autocast": True,
     "fp8": "hybrid", "fp4": "e2m1", "fp32_residual_connection": True, "num_microbatches_with_partial_activation_checkpoints": 2,
-    "hybrid_context_parallel": True, "moe_shared_expert_overlap": True, "moe_paged_stash": True, "gtp_weight_remat_size": 2,
+    "hybrid_context_parallel": True, "moe_shared_expert_overlap": True, "moe_paged_stash": True,
+    "overlap_dispatch_backward_with_experts_wgrad": True, "moe_enable_routing_replay": True, "gtp_weight_remat_size": 2,
 }  # fmt: skip
 
 
@@ -98,6 +100,11 @@ JOBS = [
     ("dualpipe", dict(mtp_num_layers=1), "mtp_num_layers = 1"),
     ("dualpipe", dict(save="somewhere", ckpt_format="torch"), "ckpt_format = 'torch': goes by pipeline ranks"),
     ("dualpipe", dict(qk_clip=True), "qk_clip = True"),
+    ("dualpipe", dict(logits_save_dir="somewhere"), "logits_save_dir = 'somewhere'"),
+    ("dualpipe", dict(logits_load_dir="somewhere"), "logits_load_dir = 'somewhere'"),
+    ("dualpipe", dict(non_persistent_ckpt_type="local"), "non_persistent_ckpt_type = 'local'"),
+    ("dualpipe", dict(pretrained_checkpoint="somewhere", ckpt_format="torch"), "ckpt_format = 'torch': goes by pipeline ranks"),
+    ("1f1b", dict(inprocess_restart=True), "inprocess_restart = True"),
     ("dualpipe", dict(moe_router_load_balancing_type=["aux_loss", "global_aux_loss"]), "load_balancing_type = .*global_aux_loss"),
     ("dualpipe", dict(moe_router_load_balancing_type="quantile_balancing"), "load_balancing_type = 'quantile_balancing'"),
     ("1f1b", dict(num_distributed_optimizer_instances=2), "num_distributed_optimizer_instances = 2"),

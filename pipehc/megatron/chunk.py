@@ -25,7 +25,7 @@ from pipehc.megatron.batches import Batches, OneItem
 from pipehc.megatron.connection import PlainConnection
 from pipehc.megatron.grad_sync import finish_gathers
 from pipehc.megatron.layer import HyperConnectionLayer, refuse_layer
-from pipehc.megatron.nodes import LayerNodes
+from pipehc.megatron.nodes import CONTEXT_ARGUMENTS, LayerNodes
 from pipehc.megatron.position import acting_at
 from pipehc.recompute import Chain, Pass, Piece, cut
 from pipehc.recompute.chain import QueueName
@@ -178,15 +178,16 @@ class ChunkStage(ChainStage):
 
     def _decode(self, hidden_states: Any, attention_mask: torch.Tensor | None = None, **given: Any) -> torch.Tensor:
         """In the place of the decoder's forward."""
-        unknown = [name for name in ("inference_context", "inference_params", "extract_layer_indices") if given.get(name)]
-        if unknown:
-            raise ValueError(f"{unknown[0]}: is not supported under our schedules in training")
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            if name not in CONTEXT_ARGUMENTS:
+                raise ValueError(f"{name}: must be None under our schedules, which do not hand it to the decoder's layers")
         microbatch, live, issue = self._current
         decoder = self.decoder
         x = hidden_states if decoder.pre_process else decoder.input_tensor
         if decoder.pre_process and x.requires_grad:
             live.head = x
-        context = {"attention_mask": attention_mask, **{name: value for name, value in given.items() if value is not None}}
+        context = {"attention_mask": attention_mask, **given}
         values = {INPUT: x.detach(), CONTEXT: context}
         live.run = self._pass(microbatch, values, live.store)
         issue(live.run)

@@ -30,9 +30,13 @@ SCHEDULED: dict[str, tuple[tuple[Any, ...], str]] = {
     "rerun_mode": (("disabled", "validate_results"), "set --rerun-mode disabled"),
     "moe_expert_rank_capacity_factor": ((None,), "leave it out"),
     "sft": ((None, False), "leave out --sft: micro-batches must have one length"),
+    "inprocess_restart": ((None, False), "leave it out: process groups of ours do not survive it; let the launcher restart"),
     "num_distributed_optimizer_instances": ((None, 1), "leave out --num-distributed-optimizer-instances"),
 }
 REPLICATED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "logits_save_dir": ((None,), "leave it out: it counts the micro-batches of a step on a rank, of which each replica has half"),
+    "logits_load_dir": ((None,), "leave it out: it takes the micro-batches of a step in their order on one rank"),
+    "non_persistent_ckpt_type": ((None, "global"), "leave it out or set 'global': a rank would miss its second replica's weights"),
     "qk_clip": ((None, False), "leave out --qk-clip: the replicas would be clipped by different micro-batches"),
 }
 
@@ -55,7 +59,7 @@ def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: An
     if replicated:
         _refuse_replicas(args)
     moved = any(rank != stage % ranks for lane in placement.table for stage, rank in enumerate(lane))
-    if moved and (args.save or args.load):
+    if moved and (args.save or args.load or getattr(args, "pretrained_checkpoint", None)):
         _refuse_checkpoints(args)
     if ours:
         data_parallel = args.data_parallel_size

@@ -20,6 +20,8 @@ Context = Mapping[str, Any] | None
 """What Megatron's blocks give their layers beside the streams (attention_mask, rotary_pos_emb, padding_mask ...), by name."""
 
 ATTENTION_ARGUMENTS = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "attention_bias", "packed_seq_params")
+CONTEXT_ARGUMENTS = (*ATTENTION_ARGUMENTS, "padding_mask")
+"""Of Megatron's blocks, beside attention_mask: what the pieces hand on."""
 
 
 class LayerNodes:
@@ -85,9 +87,8 @@ class LayerNodes:
 
     def whole_mlp(self, normed: torch.Tensor, context: Context) -> tuple[torch.Tensor]:
         """[s, b, C] -> [s, b, C]: the FFN as Megatron runs it, its bias and dropout."""
-        mask = (context or {}).get("padding_mask")
         with self.random_state():
-            out = self.mlp(normed, padding_mask=mask) if self.layer.is_moe_layer else self.mlp(normed)
+            out = self.mlp(normed, padding_mask=padding_mask(context)) if self.layer.is_moe_layer else self.mlp(normed)
             return (self.drop(out),)
 
     def drop(self, out: Any) -> torch.Tensor:
@@ -104,7 +105,7 @@ class LayerNodes:
 
     def _route(self, normed: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor, Splits | None]:
         """[s, b, C] -> tokens [s*b*k, C] sorted by expert, probs [s*b*k], and how many of them go to which rank."""
-        mask = (context or {}).get("padding_mask")
+        mask = padding_mask(context)
         if mask is not None:
             mask = mask.transpose(0, 1).bool()
         with self.random_state():
@@ -143,6 +144,14 @@ class LayerNodes:
         """What the experts said of each token, [s, b, C]."""
         with self.random_state():
             return (self.drop((self.mlp.postprocess(returned, shared), None)),)
+
+
+def padding_mask(context: Context) -> torch.Tensor | None:
+    """What experts get of a context. ValueError for joined samples, which Megatron's own layers part for them."""
+    context = context or {}
+    if getattr(context.get("packed_seq_params"), "tokens_per_sample", None) is not None:
+        raise ValueError("packed_seq_params.tokens_per_sample: must be None, experts would balance joined samples as one")
+    return context.get("padding_mask")
 
 
 def norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -22,6 +22,11 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     ),
     "overlap_moe_expert_parallel_comm": ((None, False), "our pairs overlap the all-to-alls themselves", "set False"),
     "delay_wgrad_compute": ((None, False), "our schedules defer weight gradients themselves", "set False"),
+    "overlap_dispatch_backward_with_experts_wgrad": (
+        (None, False),
+        "our schedules defer weight gradients themselves",
+        "set False",
+    ),
     "defer_embedding_wgrad_compute": ((None, False), "our schedules defer weight gradients themselves", "set False"),
     "variable_seq_lengths": ((None, False), "stage messages have one shape", "set False and pad to seq_length"),
     "enable_autocast": ((None, False), "the nodes of the decoder run outside the forward step", "set False; use bf16 or fp16"),
@@ -36,6 +41,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "hybrid_context_parallel": ((None, False), "micro-batches must have one length", "set False"),
     "moe_shared_expert_overlap": ((None, False), "our pairs overlap the all-to-alls themselves", "set False"),
     "moe_paged_stash": ((None, False), "it relies on the order of Megatron's own schedules", "set False"),
+    "moe_enable_routing_replay": ((None, False), "it replays routes in the order of Megatron's own schedules", "set False"),
     "gtp_weight_remat_size": ((None, 1), "weights would have to be gathered for every node", "set 1"),
 }
 
