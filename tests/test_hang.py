@@ -17,12 +17,12 @@ def slow_step(count, iterator, model):
     """Takes long in its third micro-batch on pipeline rank 1."""
     count.append(None)
     if os.environ["RANK"] == "1" and len(count) == 3:
-        time.sleep(4)
+        time.sleep(6)
     return forward_step(iterator, model)
 
 
 def late_message(rank, folder):
-    job = Job("1f1b", pp=2, layers=2, run={"timeout_s": 1.5, "watchdog_folder": folder})
+    job = Job("1f1b", pp=2, layers=2, run={"timeout_s": 3.0, "watchdog_folder": folder})
     job.step(0, 4)
     with pytest.raises(PeerError) as caught:
         job.call(1, 4, forward_step=partial(slow_step, []))
@@ -37,13 +37,14 @@ def test_a_message_that_does_not_come(tmp_path):
 
 
 def late_gradients(rank, folder):
-    job = Job("1f1b", pp=2, layers=2, run={"timeout_s": 1.0, "watchdog_folder": folder})
+    job = Job("1f1b", pp=2, layers=2, run={"timeout_s": 3.0, "watchdog_folder": folder})
     if rank == 1:
         finalize = job.config.finalize_model_grads_func
         job.config.finalize_model_grads_func = lambda *args, **more: (time.sleep(20), finalize(*args, **more))
     job.step(0, 4)
 
 
+@pytest.mark.slow
 def test_a_hang_outside_of_the_schedule_ends_the_process(tmp_path):
     """Here where the job ends its gradients."""
     with pytest.raises(RuntimeError, match="exited with 1"):
@@ -53,13 +54,14 @@ def test_a_hang_outside_of_the_schedule_ends_the_process(tmp_path):
 
 
 def no_hang(rank, folder):
-    job = Job("1f1b", pp=2, layers=2, run={"timeout_s": 1.0, "watchdog_folder": folder})
+    job = Job("1f1b", pp=2, layers=2, run={"timeout_s": 3.0, "watchdog_folder": folder})
     job.step(0, 4)
-    time.sleep(4)  # between steps a job may save checkpoints, or end
+    time.sleep(7)  # between steps a job may save checkpoints, or end
     job.step(1, 4)
     job.evaluate(2, 4)
 
 
+@pytest.mark.slow
 def test_time_between_steps_does_not_count(tmp_path):
     run_ranks(no_hang, 2, tmp_path, timeout=60)
     assert not list(tmp_path.iterdir())
