@@ -21,7 +21,8 @@ def compile(
     ahead: receives posted on a directed edge beyond those that the current cell waits for; it bounds the receive buffers.
     split_backward: a full backward whose input gradient goes to another rank becomes I, send, W: the neighbour starts earlier.
     recompute: an R before the wait for the gradient that needs it, for every backward that has none in the schedule.
-    high: the last piece of a forward and the first of a backward run on the high-priority queue (mHC's post-residual of the MLP).
+    high: the last piece of a forward and the first of a backward run on the high-priority queue (mHC's post-residual of the MLP); on the
+        last stage, where the loss comes after and before it, they do not.
     Raises ScheduleError if the schedule cannot run, ValueError if `ahead` is not positive.
     """
     if ahead < 1:
@@ -75,6 +76,8 @@ def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: b
         out = outgoing(schedule, action)
         split = split_backward and action.kind == "B" and out is not None
         entry, exit = (special if backward else "compute"), (special if action.kind == "F" else "compute")
+        if action.stage + 1 == schedule.placement.stages:
+            entry = exit = "compute"  # after its last FFN comes the loss
         add(Run(action._replace(kind="I") if split else action, pair, entry, exit))  # type: ignore[arg-type]
         if out is not None:
             add(Send(out))
