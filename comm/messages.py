@@ -107,11 +107,10 @@ class Mailbox:
         self._finish(pending, f"sending the {message}")
         return pending.tensor
 
-    def drain(self) -> None:
-        """Waits until every send is done. At the end of a step, when every peer has posted all it will."""
-        for edge, slot in list(self._sent):
-            self.delivered(edge, slot)
+    def drain(self) -> list[torch.Tensor]:
+        """`delivered` for every send that is left. At the end of a step, when every peer has posted all it will."""
         assert not self._received, f"posted but never used: {list(self._received)}"
+        return [self.delivered(edge, slot) for edge, slot in list(self._sent)]
 
     def unfinished(self) -> list[str]:
         """Messages that a CUDA stream still waits for, though the host went on; of the last 64. For reports, from any thread."""

@@ -10,7 +10,7 @@ when somebody waits for an event that covers it. Whoever forgets to wait finds n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,8 +36,8 @@ class Queue(Protocol):
     def hold(self, tensor: torch.Tensor) -> None:
         """Called by work that uses a tensor of another queue: its memory is not used again before that work has ended."""
 
-    def another(self) -> Queue:
-        """A new queue on the same device, at work beside this one, for what the host itself need not wait for."""
+    def beside(self, name: Hashable) -> Queue:
+        """A queue on the same device for what the host itself need not wait for; made once, then the same for the same name."""
 
 
 class CudaQueue:
@@ -45,6 +45,8 @@ class CudaQueue:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
+        # Kept: streams come from a pool of 32, and two queues that got the same one would wait for each other.
+        self._beside: dict[Hashable, CudaQueue] = {}
 
     def run(self, work: Work) -> None:
         with torch.cuda.stream(self._stream):
@@ -66,8 +68,10 @@ class CudaQueue:
     def hold(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(self._stream)
 
-    def another(self) -> CudaQueue:
-        return CudaQueue(torch.cuda.Stream(self._stream.device))
+    def beside(self, name: Hashable) -> CudaQueue:
+        if name not in self._beside:
+            self._beside[name] = CudaQueue(torch.cuda.Stream(self._stream.device))
+        return self._beside[name]
 
 
 class HostEvent:
@@ -113,8 +117,8 @@ class HostQueue:
     def hold(self, tensor: torch.Tensor) -> None:
         """Memory of the host is not used again while anything refers to it."""
 
-    def another(self) -> HostQueue:
-        return HostQueue(late=False)
+    def beside(self, name: Hashable) -> HostQueue:
+        return HostQueue(late=False)  # it keeps nothing between two uses
 
     def advance(self, count: int) -> None:
         """Does what was issued up to number `count`."""

@@ -105,6 +105,7 @@ def execute(
     edges: dict[tuple[type, int, int], Queue] = {}  # what sends, and what posts receives, of each edge
     runs: dict[int, tuple[Queue, Any]] = {}  # the program's events that runs record
     sends: dict[int, Callable[[], torch.Tensor]] = {}  # and those of sends: what waits for one
+    before = queues["compute"].event()
 
     def take(run: Run) -> torch.Tensor | None:
         """The message that an action needs, or what the neighbouring stage on this rank left for it."""
@@ -121,7 +122,8 @@ def execute(
     def edge_queue(transfer: Post | Send) -> Queue:
         key = type(transfer), transfer.message.source, transfer.message.target
         if key not in edges:
-            edges[key] = queues["compute"].another()
+            edges[key] = queues["compute"].beside(key)
+            edges[key].wait(before)  # the step before this one may be using the buffers still
         start_after(edges[key], transfer.after)
         return edges[key]
 
@@ -167,7 +169,8 @@ def execute(
             observer.end(instruction)
     assert not results, f"computed but never sent: {list(results)}"
     join(queues)
-    mailbox.drain()
+    for tensor in _issue(queues["compute"], mailbox.drain):
+        queues["compute"].hold(tensor)
 
 
 def _issue(queue: Queue, work: Callable[[], Any]) -> Any:
