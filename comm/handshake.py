@@ -1,4 +1,4 @@
-"""Before the first step: neighbours agree on what they will exchange, every connection is up, and nothing in the way of overlap."""
+"""Before the first step: neighbours agree on what they will exchange, and every connection is up."""
 
 from __future__ import annotations
 
@@ -63,26 +63,3 @@ def connect(groups: Mapping[Edge, dist.ProcessGroup], device: torch.device | str
             dist.send(element, receiver, group)
         else:
             dist.recv(element, sender, group)
-
-
-def overlap_warnings(environment: Mapping[str, str], ranks_here: int, cores: int, on_gpu: bool) -> list[str]:
-    """What in the environment of a process keeps communication from hiding behind computation, a sentence each.
-
-    ranks_here: processes on this machine. cores: its processor cores.
-    """
-    reasons = {
-        ("CUDA_DEVICE_MAX_CONNECTIONS", "1"): "all streams share one hardware queue, so messages and high-priority kernels wait "
-        "behind computation; unset it, or set 8 or more",
-        ("CUDA_LAUNCH_BLOCKING", "1"): "every kernel is waited for; unset it",
-        ("TORCH_NCCL_BLOCKING_WAIT", "1"): "the host waits for every message; unset it",
-        ("NCCL_BLOCKING_WAIT", "1"): "the host waits for every message; unset it",
-        ("TORCH_DISTRIBUTED_DEBUG", "DETAIL"): "every collective is checked with one more; set INFO or OFF",
-    }
-    found = [f"{key}={value}: {why}" for (key, value), why in reasons.items() if environment.get(key, "").upper() == value]
-    threads = environment.get("OMP_NUM_THREADS", "")
-    if not on_gpu and threads.isdigit() and int(threads) * ranks_here > max(cores, ranks_here):
-        found.append(
-            f"OMP_NUM_THREADS={threads}: {ranks_here} processes with {threads} threads each on {cores} cores delay each other's "
-            "messages; set 1"
-        )
-    return found

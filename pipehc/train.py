@@ -28,7 +28,7 @@ import torch.distributed as dist
 from pipehc import parameters
 from pipehc.activations import as_metrics, describe
 from pipehc.checkpoint import Checkpoints
-from pipehc.comm.handshake import overlap_warnings
+from pipehc.comm.environment import overlap_warnings, set_gpu_defaults
 from pipehc.comm.messages import PeerError, first_line
 from pipehc.comm.watchdog import Watchdog, stopped_siblings
 from pipehc.config import Config, ConfigError, add_config_arguments, check_data, check_world_size, run_with_config, to_yaml
@@ -92,6 +92,7 @@ def run(config: Config) -> int:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, progress.stop)
+    set_gpu_defaults(os.environ)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,11 +1,11 @@
-"""What neighbours compare before the first step, over real processes, and what is warned about."""
+"""What neighbours compare before the first step, over real processes."""
 
 import pytest
 import torch
 from tiny_model import tiny_config
 
 from pipehc.comm.groups import edge_groups
-from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem, overlap_warnings
+from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem
 from pipehc.schedules import build, compile
 from processes import run_ranks
 
@@ -72,25 +72,6 @@ def test_digest_tells_programs_apart():
     one, other = (compile(build("dualpipe", 4, 8), ahead=ahead).instructions for ahead in (1, 2))
     assert digest(one) == digest(compile(build("dualpipe", 4, 8), ahead=1).instructions) != digest(other)
     assert len(digest(one)) == 16
-
-
-@pytest.mark.parametrize(
-    ("environment", "on_gpu", "expected"),
-    [
-        ({}, True, []),
-        ({"CUDA_DEVICE_MAX_CONNECTIONS": "8", "CUDA_LAUNCH_BLOCKING": "0"}, True, []),
-        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, True, ["CUDA_DEVICE_MAX_CONNECTIONS=1"]),
-        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, False, ["CUDA_DEVICE_MAX_CONNECTIONS=1"]),
-        ({"TORCH_DISTRIBUTED_DEBUG": "detail", "CUDA_LAUNCH_BLOCKING": "1"}, True, ["CUDA_LAUNCH", "TORCH_DISTRIBUTED_DEBUG"]),
-        ({"OMP_NUM_THREADS": "4"}, False, ["OMP_NUM_THREADS=4"]),
-        ({"OMP_NUM_THREADS": "4"}, True, []),
-        ({"OMP_NUM_THREADS": "1"}, False, []),
-    ],
-)
-def test_warns_of_what_defeats_overlap(environment, on_gpu, expected):
-    found = overlap_warnings(environment, ranks_here=4, cores=2, on_gpu=on_gpu)
-    assert [text.startswith(start) for text, start in zip(found, expected)] == [True] * len(found)
-    assert len(found) == len(expected)
 
 
 def test_the_trainer_refuses_ranks_that_do_not_fit_before_the_first_step():

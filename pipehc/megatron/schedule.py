@@ -20,8 +20,9 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from pipehc.comm.environment import overlap_warnings
 from pipehc.comm.groups import Edge, edge_groups
-from pipehc.comm.handshake import compare_neighbours, connect, digest, overlap_warnings
+from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
 from pipehc.megatron.batches import batches_of

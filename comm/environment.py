@@ -1,0 +1,54 @@
+"""What the environment of a process must and must not say for communication to hide behind computation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+
+GPU_DEFAULTS = {
+    # Streams beyond this many share hardware queues, and then wait for each other. A rank has a dozen or two; 32 is the most.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    # A kernel that is loaded when first used may wait until the device is idle: never, while a receive is posted whose message
+    # depends on this very kernel.
+    "CUDA_MODULE_LOADING": "EAGER",
+}
+
+
+def set_gpu_defaults(environment: MutableMapping[str, str]) -> None:
+    """Sets what is not set. Call it before CUDA is initialised; `torch.cuda.is_available` does that."""
+    for key, value in GPU_DEFAULTS.items():
+        environment.setdefault(key, value)
+
+
+def overlap_warnings(environment: Mapping[str, str], ranks_here: int, cores: int, on_gpu: bool) -> list[str]:
+    """What in the environment of a process keeps communication from hiding behind computation, a sentence each.
+
+    ranks_here: processes on this machine. cores: its processor cores.
+    """
+    reasons = {
+        ("CUDA_LAUNCH_BLOCKING", "1"): "every kernel is waited for; unset it",
+        ("TORCH_NCCL_BLOCKING_WAIT", "1"): "the host waits for every message; unset it",
+        ("NCCL_BLOCKING_WAIT", "1"): "the host waits for every message; unset it",
+        ("TORCH_DISTRIBUTED_DEBUG", "DETAIL"): "every collective is checked with one more; set INFO or OFF",
+        ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"): "memory that is freed waits for the device; unset it",
+    }
+    found = [f"{key}={value}: {why}" for (key, value), why in reasons.items() if environment.get(key, "").upper() == value]
+    connections = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    if connections.isdigit() and int(connections) < 8:
+        share = "all streams share one hardware queue" if connections == "1" else "streams share few hardware queues"
+        found.append(
+            f"CUDA_DEVICE_MAX_CONNECTIONS={connections}: {share}, so messages and high-priority kernels wait behind computation; "
+            "set 32"
+        )
+    loading = environment.get("CUDA_MODULE_LOADING", "")
+    if on_gpu and loading.upper() != "EAGER":
+        found.append(
+            f"CUDA_MODULE_LOADING={loading}: a kernel that is first needed in a later step is loaded then, which may wait for "
+            "messages that wait for it; set EAGER"
+        )
+    threads = environment.get("OMP_NUM_THREADS", "")
+    if not on_gpu and threads.isdigit() and int(threads) * ranks_here > max(cores, ranks_here):
+        found.append(
+            f"OMP_NUM_THREADS={threads}: {ranks_here} processes with {threads} threads each on {cores} cores delay each other's "
+            "messages; set 1"
+        )
+    return found
