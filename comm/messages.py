@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import re
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from pipehc.comm.device_waits import DeviceWaits
 from pipehc.comm.groups import Edge
 
 
@@ -46,7 +46,8 @@ class Mailbox:
     promises that all use of the one before has ended. A send keeps its tensor until `delivered`, or until `drain`.
 
     groups: a process group per directed edge (see `edge_groups`). shape, dtype, device: of every message. timeout_s: how long a
-    wait may take before PeerError. `waiting` may be read by other threads; `tracker` may be set between two steps.
+    wait of the host may take before PeerError. first_through_host: whether the first step of every kind sends its messages through
+    host memory, see `begin`; None: on CUDA. `waiting` may be read by other threads; `tracker` may be set between two steps.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Mailbox:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         timeout_s: float = 120.0,
+        first_through_host: bool | None = None,
     ) -> None:
         self._peers = {edge: _peer(group) for edge, group in groups.items()}
-        self._groups, self._shape, self._dtype, self._device = groups, shape, dtype, device
+        self._groups, self._shape, self._dtype, self._device = groups, shape, dtype, torch.device(device)
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._buffers: dict[_Slot, torch.Tensor] = {}
         self._storages: set[int] = set()  # addresses of those
@@ -66,12 +68,24 @@ class Mailbox:
         self._sent: dict[_Slot, tuple[tuple, _Pending]] = {}
         self.waiting: Waiting | None = None
         self.tracker: Tracker | None = None
-        self._on_device: deque[tuple[str, dist.Work]] = deque(maxlen=64)
+        self._first_through_host = self._device.type == "cuda" if first_through_host is None else first_through_host
+        self._through_host = False
+        self._begun: set[Hashable] = set()
+        self._on_device = DeviceWaits(self._device)
+
+    def begin(self, kind: Hashable) -> None:
+        """Call before a step, on all ranks. kind: what tells programs apart that run different kernels.
+
+        The first step of a kind loads kernels and connects groups, which may wait until the device is idle; it never is while NCCL
+        waits there for a message that depends on that kernel. So this step's messages go from host to host, at any speed.
+        """
+        self._through_host = self._first_through_host and kind not in self._begun
+        self._begun.add(kind)
 
     def post(self, message: tuple, edge: Edge, slot: int = 0) -> None:
         """Posts the receive of `message` on `edge`. Posts of an edge must have the order of the peer's sends."""
         assert all(other != (edge, slot) for other, _ in self._received.values()), f"{message}: something is posted into its slot"
-        tensor = self._buffer((edge, slot))
+        tensor = torch.empty(self._shape, dtype=self._dtype) if self._through_host else self._buffer((edge, slot))
         try:
             work = dist.irecv(tensor, group=self._groups[edge], group_src=_position(edge, edge[0]))
         except RuntimeError as error:
@@ -82,7 +96,8 @@ class Mailbox:
         """The tensor of a posted message, once it has arrived; on CUDA the current stream waits, the host does not."""
         _, pending = self._received.pop(message)
         self._finish(pending, f"waiting for the {message}")
-        return pending.tensor.detach()  # what a stage does to it, such as ask for its gradient, must not stay with the buffer
+        # Detached: what a stage does to it, such as ask for its gradient, must not stay with the buffer.
+        return pending.tensor.to(self._device).detach()
 
     def send(self, message: tuple, edge: Edge, tensor: torch.Tensor, slot: int = 0) -> None:
         """Starts sending and returns; the tensor is held until the peer has it. Raises ValueError on a wrong shape or dtype."""
@@ -95,6 +110,8 @@ class Mailbox:
         tensor = tensor.detach().contiguous()
         if tensor.untyped_storage().data_ptr() in self._storages:
             tensor = tensor.clone()  # a stage that hands on what it got: its buffer may be used again before this is sent
+        if self._through_host:
+            tensor = tensor.cpu()
         try:
             work = dist.isend(tensor, group=self._groups[edge], group_dst=_position(edge, edge[1]))
         except RuntimeError as error:
@@ -112,9 +129,9 @@ class Mailbox:
         assert not self._received, f"posted but never used: {list(self._received)}"
         return [self.delivered(edge, slot) for edge, slot in list(self._sent)]
 
-    def unfinished(self) -> list[str]:
-        """Messages that a CUDA stream still waits for, though the host went on; of the last 64. For reports, from any thread."""
-        return [doing for doing, work in list(self._on_device) if not work.is_completed()]
+    def on_device(self) -> tuple[int, list[str]]:
+        """How many waits of the past CUDA streams came through, and which not yet, though the host went on. From any thread."""
+        return self._on_device.look()
 
     def _buffer(self, slot: _Slot) -> torch.Tensor:
         if slot not in self._buffers:
@@ -126,7 +143,7 @@ class Mailbox:
         self, message: tuple, kind: Literal["send", "recv"], work: dist.Work | None, tensor: torch.Tensor, edge: Edge
     ) -> _Pending:
         assert work is not None
-        if self.tracker is not None:
+        if self.tracker is not None and not self._through_host:
             work = self.tracker(message, kind, work)
         return _Pending(work, tensor, self._peers[edge])
 
@@ -134,10 +151,10 @@ class Mailbox:
         doing = f"{doing} (process {pending.peer}, {_bytes(pending.tensor)})"
         self.waiting = Waiting(doing, time.monotonic())
         try:
-            # CUDA: wait() with a limit would block the host; there the limit is the process group's own.
+            # CUDA: wait() with a limit would block the host; there the limits are the process group's own, and a watchdog's.
             if pending.tensor.is_cuda:
                 done = pending.work.wait()
-                self._on_device.append((self.waiting.what, pending.work))
+                self._on_device.add(doing, pending.work)
             else:
                 done = pending.work.wait(self._timeout)
         except RuntimeError as error:

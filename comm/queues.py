@@ -66,7 +66,8 @@ class CudaQueue:
         """Kernels are on their way as soon as they are launched."""
 
     def hold(self, tensor: torch.Tensor) -> None:
-        tensor.record_stream(self._stream)
+        if tensor.is_cuda:  # messages may lie in host memory
+            tensor.record_stream(self._stream)
 
     def beside(self, name: Hashable) -> CudaQueue:
         if name not in self._beside:

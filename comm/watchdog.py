@@ -20,6 +20,7 @@ import psutil
 from pipehc.comm.messages import Mailbox
 
 KEPT = 200  # instructions
+NAMED = 8  # messages that the device waits for, the oldest: a host that is a step ahead has issued hundreds
 
 
 class _Done(NamedTuple):
@@ -31,9 +32,10 @@ class _Done(NamedTuple):
 class Watchdog:
     """Watches this process while it is `limited`; implements `pipehc.schedules.execute.Observer`.
 
-    file: where `dump` writes. timeout_s: how long nothing may happen: neither an instruction starts or ends, nor the limited block
-    ends. Work does not count, however long it takes. slack_s: added, so that waits with a limit of their own, which know more, come
-    first. on_expiry: called with what this process waits for. on_signal: called with the
+    file: where `dump` writes. timeout_s: how long nothing may happen: neither an instruction starts or ends, nor does a CUDA stream
+    get a message that it waits for, nor does the limited block end. Work does not count, however long it takes, unless the device
+    waits for messages meanwhile: then the host may be blocked by that, inside of the work. slack_s: added, so that waits with a
+    limit of their own, which know more, come first. on_expiry: called with what this process waits for. on_signal: called with the
     number of every signal that has a Python handler. Both are called from a thread, at once, even while the main thread is blocked
     inside a library; they should end the process, for this watchdog is then of no more use. Make it on the main thread; a context
     manager.
@@ -53,6 +55,7 @@ class Watchdog:
         self._last = time.monotonic()  # when something last happened
         self._limited: str | None = None
         self._mailbox: Mailbox | None = None
+        self._come_through = 0  # waits of the device
         self._dumping = threading.Lock()
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
@@ -120,19 +123,30 @@ class Watchdog:
             for signum in self._woken.recv(64) if readable else b"":
                 if signum and self._on_signal is not None:
                     self._on_signal(signum)
+            unfinished = self._on_device()
             where, waited = self._limited, time.monotonic() - self._last
-            if where is not None and waited > self._limit_s and not hasattr(self._current, "action"):
+            working = hasattr(self._current, "action") and not unfinished
+            if where is not None and waited > self._limit_s and not working:
                 self._limited = None
                 self._on_expiry(f"no progress for {waited:.0f} s, since {_clock(self._last)}, {where}: {self._waiting()}")
+
+    def _on_device(self) -> list[str]:
+        """What the device waits for; notes its progress."""
+        if self._mailbox is None:
+            return []
+        come_through, unfinished = self._mailbox.on_device()
+        if come_through != self._come_through:
+            self._come_through, self._last = come_through, time.monotonic()
+        return unfinished
 
     def _waiting(self) -> str:
         waiting = self._mailbox.waiting if self._mailbox is not None else None
         if waiting is not None:
             return waiting.what
+        unfinished = self._mailbox.on_device()[1] if self._mailbox is not None else []
+        device = f"; not finished on the device: {'; '.join(unfinished[:NAMED])}" if unfinished else ""
         if self._current is not None:
-            return f"at {_describe(self._current)}"
-        unfinished = self._mailbox.unfinished() if self._mailbox is not None else []
-        device = f"; not finished on the device: {'; '.join(unfinished)}" if unfinished else ""
+            return f"at {_describe(self._current)}{device}"
         return f"waiting for other ranks, outside of the pipeline's instructions{device}"
 
     def _lines(self, reason: str) -> Iterator[str]:

@@ -29,6 +29,7 @@ from pipehc import parameters
 from pipehc.activations import as_metrics, describe
 from pipehc.checkpoint import Checkpoints
 from pipehc.comm.environment import overlap_warnings, set_gpu_defaults
+from pipehc.comm.groups import NCCL_LIMIT_S
 from pipehc.comm.messages import PeerError, first_line
 from pipehc.comm.watchdog import Watchdog, stopped_siblings
 from pipehc.config import Config, ConfigError, add_config_arguments, check_data, check_world_size, run_with_config, to_yaml
@@ -96,8 +97,8 @@ def run(config: Config) -> int:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    limit = datetime.timedelta(seconds=max(60.0, config.runtime.timeout_s))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=limit)
+    limit_s = max(NCCL_LIMIT_S if on_gpu else 60.0, config.runtime.timeout_s)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=limit_s))
     try:
         train(config, progress)
     except ConfigError:

@@ -82,7 +82,8 @@ class Trainer:
             connections = {i: connection for model in by_stage for i, connection in model.connections().items()}
             self._gain = CompositeGain(connections, 2 * config.model.blocks, residual.streams)
         self.feedback = GainFeedback(residual.target_gain, residual.gain_power, residual.smallest_s)
-        messages = edge_groups(pipelines, self.train_program.edges(), config.runtime.timeout_s)
+        timeout_s = config.runtime.timeout_s
+        messages = edge_groups(pipelines, self.train_program.edges(), timeout_s, self.device)
         connect(messages, self.device)
         facts = {"stage message": f"{shape} {DTYPES[train.precision]}", "schedule": digest(self.train_program.instructions)}
         try:
@@ -92,7 +93,7 @@ class Trainer:
         self.samples_seen = 0  # of the training split; where the next step goes on, whatever the batch size was before
         self._saved: dict[int, SavedBytes] | None = None  # by stage, as counted in the first step
         self.observers: list[Observer] = []  # of every instruction, in training and evaluation
-        self.mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, config.runtime.timeout_s)
+        self.mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, timeout_s)
 
     def step(self, step: int, split: Split, sampler: Sampler) -> StepResult:
         """Trains on the next samples, as step `step` (from 1). Raises TrainingError, on every rank and before any weight changes,
@@ -175,7 +176,7 @@ class Trainer:
         def microbatch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
             at = first + (index * self.groups.dp_size + self.groups.dp_rank) * train.micro_batch
             tokens, labels = batch(split, sampler, at, train.micro_batch)
-            return tokens.to(self.device), labels.to(self.device)
+            return to_device(tokens, self.device), to_device(labels, self.device)
 
         recompute, scale = self.config.recompute.enabled, 1.0 / tokens_in_all
         first_step = self._saved is None and not schedule.forward_only
@@ -196,6 +197,7 @@ class Trainer:
         observers = list(self.observers)
         if not schedule.forward_only:
             observers.append(EarlyReduction(program, self.groups.pp_rank, self._start_reduction, self._expect_last))
+        self.mailbox.begin(schedule.forward_only)
         execute(instructions, schedule.placement, stages, self.mailbox, observers, overlap, self._queues)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
@@ -231,6 +233,11 @@ def _same_everywhere(config: Config, ranks: int, microbatches: int) -> Schedule:
         raise ConfigError(f"search: {found[0]}")
     schedule: Schedule = found[0]
     return schedule
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`. On CUDA the host goes on: from pageable memory it would wait for all of the stream."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def checksum(weight: torch.Tensor) -> int:

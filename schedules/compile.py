@@ -21,8 +21,8 @@ def compile(
     ahead: receives posted on a directed edge beyond those that the current cell waits for; it bounds the receive buffers.
     split_backward: a full backward whose input gradient goes to another rank becomes I, send, W: the neighbour starts earlier.
     recompute: an R before the wait for the gradient that needs it, for every backward that has none in the schedule.
-    high: the last piece of a forward and the first of a backward run on the high-priority queue (mHC's post-residual of the MLP), but
-        for the last stage, where the loss comes in between.
+    high: the last piece of a forward and the first of a backward run on the high-priority queue (mHC's post-residual of the MLP),
+        except on the last stage, where the loss comes in between.
     Raises ScheduleError if the schedule cannot run, ValueError if `ahead` is not positive.
     """
     if ahead < 1:

@@ -1,11 +1,14 @@
 """Stage messages: few buffers, used again and again, and never under the hands of somebody who still needs them."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
 from test_execute import ROWS, WIDTH, ToyStage, reference
 
-from pipehc.comm.groups import edge_groups
+from pipehc.comm.device_waits import DeviceWaits
+from pipehc.comm.groups import CTAS, NCCL_LIMIT_S, edge_groups
 from pipehc.comm.messages import Mailbox
 from pipehc.schedules import build, compile
 from pipehc.schedules.execute import execute
@@ -111,3 +114,61 @@ def test_slots_in_use_are_refused():
         mailbox.drain()
 
     run_ranks(misuse, 2)
+
+
+def through_host_first(rank):
+    """(buffers, is the result right) after each of three steps and one evaluation, and what a tracker saw."""
+    found, tracked = [], []
+    programs = [compile(build("1f1b", 2, 6)), compile(build("1f1b", 2, 6, forward=True))]
+    groups = edge_groups([[0, 1]], programs[0].edges())
+    mailbox = CountingMailbox(groups, (ROWS, WIDTH), torch.float64, timeout_s=30, first_through_host=True)
+    mailbox.tracker = lambda message, kind, work: tracked.append(len(found)) or work
+    expected = reference(2, 6)[rank].grad
+    for program in (programs[0], programs[0], programs[1], programs[0]):
+        forward = program.schedule.forward_only
+        stage = ToyStage(rank, 2)
+        mailbox.begin(forward)
+        execute(program.instructions[rank], program.schedule.placement, {(0, rank): stage}, mailbox)
+        found.append((mailbox.buffers, torch.allclose(stage.grad, torch.zeros_like(expected) if forward else expected, rtol=1e-12)))
+    return found, sorted(set(tracked))
+
+
+def test_the_first_step_of_a_kind_may_go_through_host_memory():
+    for found, tracked in run_ranks(through_host_first, 2):
+        assert found[0] == (0, True) and all(buffers > 0 and right for buffers, right in found[1:])
+        assert tracked == [1, 3]  # not the first step, and not the first evaluation
+
+
+class Transfer:
+    """As much of dist.Work as is asked."""
+
+    done = False
+
+    def is_completed(self):
+        return self.done
+
+
+def test_waits_of_the_device_are_counted_as_they_end_in_any_order():
+    waits, works = DeviceWaits(torch.device("cpu")), [Transfer() for _ in range(300)]
+    for k, work in enumerate(works):
+        waits.add(str(k), work)
+        work.done = k < 296  # an old one ends while new ones come
+    works[297].done = True
+    assert waits.look() == (297, ["296", "298", "299"])
+    assert waits.look() == (297, ["296", "298", "299"])
+
+
+def test_groups_of_cuda_have_few_blocks_a_high_priority_and_a_way_through_host_memory(monkeypatch):
+    """NCCL itself cannot be had here: what it is asked for."""
+    made = []
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **options: made.append((ranks, options)))
+    edge_groups([[0, 1]], [(0, 1), (1, 0)], 7.0, "cuda")
+    edge_groups([[0, 1]], [(0, 1)], 7.0)
+    (ranks, first), (_, second), (_, on_cpu) = made
+    assert ranks == [0, 1] and first["backend"] == "cpu:gloo,cuda:nccl" and on_cpu["backend"] is None is on_cpu["pg_options"]
+    options = first["pg_options"]
+    assert options is not second["pg_options"]  # torch writes the group's name into them
+    assert options.is_high_priority_stream and options.config.max_ctas == CTAS
+    # NCCL counts from the call, and the host is ahead of the device.
+    assert options._timeout == first["timeout"] == timedelta(seconds=NCCL_LIMIT_S) and on_cpu["timeout"] == timedelta(seconds=7)

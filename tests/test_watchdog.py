@@ -25,8 +25,8 @@ class Box:
 
     waiting = Waiting("waiting for the gradient for stage 1 (process 2, 144 bytes)", 0.0)
 
-    def unfinished(self):
-        return []
+    def on_device(self):
+        return 0, []
 
 
 @pytest.fixture
@@ -69,6 +69,41 @@ def test_waits_after_the_last_instruction_count_too(watched):
         watchdog.end(RUN)
         time.sleep(0.6)
     assert len(said) == 1 and "waiting for other ranks" in said[0]
+
+
+class Device:
+    """As much of a mailbox as a watchdog looks at, on CUDA: the host does not wait, the device comes through 20 waits a second."""
+
+    waiting = None
+
+    def __init__(self, seconds):
+        self.begin, self.seconds = time.monotonic(), seconds
+
+    def on_device(self):
+        passed = int(20 * min(time.monotonic() - self.begin, self.seconds))
+        return passed, [f"waiting for {k}" for k in range(passed, 2000)]
+
+
+@pytest.mark.parametrize(
+    ("current", "where"),
+    [
+        (None, "outside of the pipeline's instructions; "),
+        (RUN, "at run 2F7; "),  # the routing of experts asks the device for numbers
+    ],
+)
+def test_a_device_that_stops_is_noticed_wherever_the_host_is(watched, current, where):
+    """While it comes through one message after another, nobody hangs, though the host may be blocked for the rest of the step."""
+    watchdog, said, _ = watched
+    watchdog.watch(Device(0.7))
+    with watchdog.limited("in step 7"):
+        watchdog.begin(RUN)
+        if current is None:
+            watchdog.end(RUN)
+        time.sleep(0.7)
+        assert said == []
+        time.sleep(0.5)
+    assert len(said) == 1 and f"{where}not finished on the device: waiting for 14; waiting for 15" in said[0]
+    assert "waiting for 22" not in said[0]
 
 
 def test_dumps_the_last_instructions_once(watched):

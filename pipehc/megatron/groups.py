@@ -62,6 +62,8 @@ def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
+        # NCCL's kernels run on the group's stream, not on ours: all-to-alls must not queue behind the computation that hides them.
+        high_priority_stream_groups=["ep"] if torch.cuda.is_available() else None,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     own_dp = collection.dp

@@ -190,6 +190,7 @@ class ForwardBackward:
                         early = early_reduction(program, pipeline.rank(), by_place, config, self._reduction, self._queues)
                         observers.append(early)
                 instructions = program.instructions[pipeline.rank()]
+                mailbox.begin(forward_only)
                 execute(instructions, placement, stages, mailbox, observers, self._overlap, self._queues)
             for own in {id(b): b for b in batches if b is not None}.values():
                 own.finish()
@@ -282,7 +283,7 @@ class ForwardBackward:
         dist.all_gather_object(everyone, own)
         self._pipelines = pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
         there = {(a, b) for lane in placement.table for a, b in pairwise(lane) if a != b}
-        self._groups = edge_groups(pipelines, sorted(there | {(b, a) for a, b in there}), self._hang.timeout_s)
+        self._groups = edge_groups(pipelines, sorted(there | {(b, a) for a, b in there}), self._hang.timeout_s, self._device)
         connect(self._groups, self._device)
         if dist.get_rank() == 0:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
