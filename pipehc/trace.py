@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 import torch
 import torch.distributed as dist
 
+from pipehc.clock import DeviceClock, clock_of
 from pipehc.comm.messages import Mailbox
+from pipehc.comm.queues import Queue
 from pipehc.schedules.program import Instruction, Message, Program, Run, Wait
 from pipehc.schedules.recording import Recording, merge
 from pipehc.schedules.spans import Span
@@ -71,7 +72,7 @@ def traced(trainer: Trainer, step: int, folder: Path) -> Iterator[None]:
     if config.trace.steps is None or not config.trace.steps[0] <= step <= config.trace.steps[1]:
         yield
         return
-    recorder = Recorder(rank, trainer.device)
+    recorder = Recorder(rank, trainer.device, trainer.queues)
     trainer.observers.append(recorder)
     try:
         with recorder.attached(trainer.mailbox):
@@ -85,13 +86,13 @@ def traced(trainer: Trainer, step: int, folder: Path) -> Iterator[None]:
 class Recorder:
     """Records the spans of one rank while `attached` to its mailbox; an `Observer` of its instructions, and of their nodes.
 
-    rank: position in the pipeline. device: on CUDA, times are those of its streams, from events; on CPU those of the host. Times
+    rank: position in the pipeline. device: on CUDA, times are those of its `queues`, from events; on CPU those of the host. Times
     are ms of time.time: clocks of several machines must agree (NTP) for their spans to fit together.
     """
 
-    def __init__(self, rank: int, device: torch.device) -> None:
+    def __init__(self, rank: int, device: torch.device, queues: Mapping[str, Queue]) -> None:
         self._rank = rank
-        self._clock: _DeviceClock | _HostClock = _DeviceClock(device) if device.type == "cuda" else _HostClock()
+        self._clock = clock_of(device, queues)
         self._begun: Any = None
         self._actions: list[tuple[Run | Wait, Any, Any]] = []
         self._nodes: list[tuple[Node, Any, list[Any]]] = []  # with its start, and its end once there
@@ -99,11 +100,15 @@ class Recorder:
         self._waiters: dict[tuple[str, int, int], ThreadPoolExecutor] = {}
 
     def begin(self, instruction: Instruction) -> None:
-        self._begun = self._clock.now()
+        # An action starts when the compute queue is free and the gradient is there that another queue may wait for.
+        entry = [instruction.entry] if isinstance(instruction, Run) and instruction.entry != "compute" else []
+        self._begun = self._clock.now("compute", *entry)
 
     def end(self, instruction: Instruction) -> None:
-        if isinstance(instruction, Run | Wait):
-            self._actions.append((instruction, self._begun, self._clock.now()))
+        if isinstance(instruction, Run):
+            self._actions.append((instruction, self._begun, self._clock.now("compute")))
+        elif isinstance(instruction, Wait):
+            self._actions.append((instruction, self._begun, self._clock.now("compute", instruction.queue)))
 
     def node(self, of: Node) -> Callable[[], None]:
         if self._nodes and self._nodes[-1][0] == of and self._nodes[-1][2]:
@@ -148,9 +153,9 @@ class Recorder:
         """Notes when a transfer ends. gloo tells only who waits for it: a thread per edge and direction does, in order."""
         key = (kind, *message[4:6])
         waiter = self._waiters.setdefault(key, ThreadPoolExecutor(1, thread_name_prefix="trace"))
-        done: Future[Any] = waiter.submit(self._clock.after, work)
+        done: Future[Any] = waiter.submit(self._clock.after, work, key)
         self._messages.append((kind, message, self._clock.now(), done))  # type: ignore[arg-type]
-        return work if isinstance(self._clock, _DeviceClock) else _Tracked(done)  # type: ignore[return-value]
+        return work if isinstance(self._clock, DeviceClock) else _Tracked(done)  # type: ignore[return-value]
 
 
 class _Tracked:
@@ -165,43 +170,6 @@ class _Tracked:
         except FutureTimeout:
             return False
         return True
-
-
-class _HostClock:
-    def now(self) -> float:
-        return time.time()
-
-    def after(self, work: dist.Work) -> float:
-        work.wait()
-        return self.now()
-
-    def ms(self, stamp: float) -> float:
-        return 1000 * stamp
-
-
-class _DeviceClock:
-    """Times are events on the current stream. The first is put beside the host's clock while the device is idle."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        torch.cuda.synchronize(device)
-        self._zero, self._host_ms = torch.cuda.Event(enable_timing=True), 1000 * time.time()
-        self._zero.record()
-
-    def now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def after(self, work: dist.Work) -> torch.cuda.Event:
-        """On a stream of its own, so that nothing but the transfer is waited for."""
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
-            work.wait()
-            return self.now()
-
-    def ms(self, stamp: torch.cuda.Event) -> float:
-        stamp.synchronize()
-        return self._host_ms + self._zero.elapsed_time(stamp)
 
 
 class Markers:

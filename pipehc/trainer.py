@@ -71,7 +71,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.groups, by_stage)
 
         self.device = next(by_stage[0].parameters()).device
-        self._queues = make_queues(self.device)
+        self.queues = make_queues(self.device)
         self._chains = {key: model.chain(config.recompute.block) for key, model in self.models.items()}
         replicas = dp * parallel.tp
         pipelines = [[position * replicas + i for position in range(parallel.pp)] for i in range(replicas)]
@@ -184,7 +184,7 @@ class Trainer:
         stages = {
             key: ModelStage(
                 chain,
-                self._queues,
+                self.queues,
                 microbatch,
                 scale,
                 recompute=recompute,
@@ -198,7 +198,7 @@ class Trainer:
         if not schedule.forward_only:
             observers.append(EarlyReduction(program, self.groups.pp_rank, self._start_reduction, self._expect_last))
         self.mailbox.begin(schedule.forward_only)
-        execute(instructions, schedule.placement, stages, self.mailbox, observers, overlap, self._queues)
+        execute(instructions, schedule.placement, stages, self.mailbox, observers, overlap, self.queues)
         losses = [loss for stage in stages.values() for loss in stage.losses.values()]
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
         finite = bool(torch.isfinite(total))
@@ -210,11 +210,11 @@ class Trainer:
         return float(everywhere[0]) / tokens_in_all
 
     def _expect_last(self, held: tuple[int, int]) -> None:
-        join(self._queues)  # gradients of hyper-connections come from other queues
+        join(self.queues)  # gradients of hyper-connections come from other queues
         self.optimizer.expect_last(self.models[held])
 
     def _start_reduction(self, held: tuple[int, int]) -> None:
-        join(self._queues)  # gradients of hyper-connections come from other queues
+        join(self.queues)  # gradients of hyper-connections come from other queues
         self.optimizer.start_reduction(self.models[held])
 
 

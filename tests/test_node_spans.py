@@ -87,7 +87,7 @@ def record(rank, folder, overlap):
     placement, queues = program.schedule.placement, make_queues(torch.device("cpu"))
     mailbox = Mailbox(edge_groups([list(range(RANKS))], program.edges()), (1, 1), torch.float32, timeout_s=30)
     for step in range(4):
-        recorder = Recorder(rank, torch.device("cpu"))
+        recorder = Recorder(rank, torch.device("cpu"), {})
         stages = {
             (lane, stage): ModelStage(
                 chain(stage == 0, stage == placement.stages - 1), queues, lambda m: (torch.ones(1, 1), torch.ones(1, 1)), 1.0,

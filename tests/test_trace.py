@@ -49,7 +49,7 @@ def record(rank, folder, name, recompute, ranks=2, microbatches=4):
     last = placement.stages - 1
     stages = {key: Sleeping(key[1] == 0, key[1] == last) for key in placement.held(rank)}
     mailbox = Mailbox(edge_groups([list(range(ranks))], program.edges()), (4,), torch.float32, timeout_s=30)
-    recorder = Recorder(rank, torch.device("cpu"))
+    recorder = Recorder(rank, torch.device("cpu"), {})
     dist.barrier()
     with recorder.attached(mailbox):
         execute(program.instructions[rank], placement, stages, mailbox, [recorder])

@@ -167,7 +167,8 @@ class ForwardBackward:
         recompute = self._recompute and not forward_only
         # Megatron's 1F1B goes by the decoder's length if it is given.
         mailbox = self._mailbox(config, decoder_seq_length or seq_length, micro_batch_size, streams_of(chunks), groups)
-        observers = [self._hang.watchdog, *self._tracing.observers(forward_only, pipeline.rank(), self._device)]
+        tracing = self._tracing.observers(forward_only, pipeline.rank(), self._device, self._queues)
+        observers: list[Any] = [self._hang.watchdog, *tracing]
         stages = {
             (lane, stage): ChunkStage(
                 chunk, self._chains[chunk], megatron_place(placement, stage), (stage == 0, stage + 1 == placement.stages),

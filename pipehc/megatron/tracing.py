@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipehc.comm.messages import Mailbox
+from pipehc.comm.queues import Queue
 from pipehc.schedules import Program
 from pipehc.trace import Markers, Recorder, save_step
 
@@ -25,13 +26,13 @@ class Tracing:
     nvtx: bool
     step: int = 0
 
-    def observers(self, forward_only: bool, rank: int, device: torch.device) -> list[Any]:
+    def observers(self, forward_only: bool, rank: int, device: torch.device, queues: Mapping[str, Queue]) -> list[Any]:
         """Those of the call that begins."""
         found: list[Any] = [Markers()] if self.nvtx else []
         if not forward_only:
             self.step += 1
             if self.steps is not None and self.steps[0] <= self.step <= self.steps[1]:
-                found.append(Recorder(rank, device))
+                found.append(Recorder(rank, device, queues))
         return found
 
     @contextmanager
