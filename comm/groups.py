@@ -46,6 +46,13 @@ def edge_groups(
     return groups
 
 
+def neighbours_of(rank: int, pipelines: Iterable[list[int]], edges: Iterable[Edge]) -> list[int]:
+    """The ranks of the world that `rank` exchanges messages with. Arguments as of `edge_groups`."""
+    edges = list(edges)
+    pairs = [(ranks[source], ranks[target]) for ranks in pipelines for source, target in edges]
+    return sorted({a if b == rank else b for a, b in pairs if rank in (a, b)})
+
+
 def _nccl_options(timeout: timedelta | None) -> dist.ProcessGroupNCCL.Options:
     """A message starts when it is sent, not when the kernels in front of it end. New ones for each group, which fills them in."""
     options = dist.ProcessGroupNCCL.Options()

@@ -16,25 +16,24 @@ def digest(parts: Iterable[object]) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def compare_neighbours(facts: Mapping[str, object], groups: Mapping[Edge, dist.ProcessGroup]) -> None:
-    """Compares what two ranks must agree on, over every edge between them; collective over the world.
+def compare_neighbours(facts: Mapping[str, object], neighbours: Iterable[int]) -> None:
+    """Compares what two ranks must agree on; collective over the world.
 
-    facts: name -> value, compared as text: shape and dtype of the messages, digest of the schedule. groups: this rank's edges (see
-    `edge_groups`). Raises ValueError on every rank, naming the two ranks of the world, the fact and both values, for every edge
-    on which one differs.
+    facts: name -> value, compared as text: shape and dtype of the messages, digest of the schedule. neighbours: ranks of the world
+    that this one believes to exchange messages with. Raises ValueError on every rank, naming the two ranks, the fact and both
+    values, wherever one differs.
     """
-    neighbours = sorted({rank for group in groups.values() for rank in dist.get_process_group_ranks(group)} - {dist.get_rank()})
-    own = ({name: str(value) for name, value in facts.items()}, neighbours)
+    own = ({name: str(value) for name, value in facts.items()}, sorted(set(neighbours)))
     everyone = [own] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     problems = []
-    for rank, (mine, others) in enumerate(everyone):
-        for other in (other for other in others if other > rank):
-            theirs = everyone[other][0]
-            for name in sorted(mine.keys() | theirs.keys()):
-                a, b = mine.get(name, "nothing"), theirs.get(name, "nothing")
-                if a != b:
-                    problems.append(f"{name}: rank {rank} has {a}, its neighbour rank {other} has {b}")
+    # One of the two is enough: with different layouts they need not see each other.
+    for rank, other in sorted({(min(a, b), max(a, b)) for a, (_, others) in enumerate(everyone) for b in others}):
+        mine, theirs = everyone[rank][0], everyone[other][0]
+        for name in sorted(mine.keys() | theirs.keys()):
+            a, b = mine.get(name, "nothing"), theirs.get(name, "nothing")
+            if a != b:
+                problems.append(f"{name}: rank {rank} has {a}, its neighbour rank {other} has {b}")
     if problems:
         raise ValueError("; ".join(problems) + ": must be equal (do all ranks run the same code and configuration?)")
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipehc.activations import Activations
-from pipehc.comm.groups import edge_groups
+from pipehc.comm.groups import edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import join, make_queues
@@ -57,6 +57,14 @@ class Trainer:
         schedule = _same_everywhere(config, parallel.pp, config.microbatches(dp))
         self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True)
         placement = self.train_program.schedule.placement
+        edges, replicas = self.train_program.edges(), dp * parallel.tp
+        pipelines = [[position * replicas + i for position in range(parallel.pp)] for i in range(replicas)]
+        shape = (train.sequence_length, train.micro_batch, config.residual.width * config.model.hidden_size)
+        facts = {"stage message": f"{shape} {DTYPES[train.precision]}", "schedule": digest(self.train_program.instructions)}
+        try:  # before the first group: ranks that make different ones would wait for each other
+            compare_neighbours(facts, neighbours_of(dist.get_rank(), pipelines, edges))
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
         self.groups = build_groups(parallel.pp, parallel.tp, parallel.ep, replicated=placement.lanes == 2)
 
         blocks, last = config.stage_blocks(), placement.stages - 1
@@ -73,9 +81,6 @@ class Trainer:
         self.device = next(by_stage[0].parameters()).device
         self.queues = make_queues(self.device)
         self._chains = {key: model.chain(config.recompute.block) for key, model in self.models.items()}
-        replicas = dp * parallel.tp
-        pipelines = [[position * replicas + i for position in range(parallel.pp)] for i in range(replicas)]
-        shape = (train.sequence_length, train.micro_batch, config.residual.width * config.model.hidden_size)
         residual = config.residual
         self._gain: CompositeGain | None = None
         if residual.kind != "none":
@@ -83,13 +88,8 @@ class Trainer:
             self._gain = CompositeGain(connections, 2 * config.model.blocks, residual.streams)
         self.feedback = GainFeedback(residual.target_gain, residual.gain_power, residual.smallest_s)
         timeout_s = config.runtime.timeout_s
-        messages = edge_groups(pipelines, self.train_program.edges(), timeout_s, self.device)
+        messages = edge_groups(pipelines, edges, timeout_s, self.device)
         connect(messages, self.device)
-        facts = {"stage message": f"{shape} {DTYPES[train.precision]}", "schedule": digest(self.train_program.instructions)}
-        try:
-            compare_neighbours(facts, messages)
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
         self.samples_seen = 0  # of the training split; where the next step goes on, whatever the batch size was before
         self._saved: dict[int, SavedBytes] | None = None  # by stage, as counted in the first step
         self.observers: list[Observer] = []  # of every instruction, in training and evaluation

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import tiny_config
 
-from pipehc.comm.groups import edge_groups
+from pipehc.comm.groups import edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem
 from pipehc.schedules import build, compile
 from processes import run_ranks
@@ -15,9 +15,8 @@ def edges(ranks, name="1f1b"):
 
 
 def compare(rank, facts):
-    groups = edge_groups([list(range(4))], edges(4))
     try:
-        compare_neighbours(facts[rank], groups)
+        compare_neighbours(facts[rank], neighbours_of(rank, [list(range(4))], edges(4)))
     except ValueError as error:
         return str(error)
     return None
@@ -53,11 +52,13 @@ def test_a_missing_fact_is_a_mismatch():
 
 def two_pipelines(rank):
     """Positions 0 and 1 of two pipelines are ranks 0, 2 and 1, 3: only neighbours within a pipeline are compared."""
-    groups = edge_groups([[0, 2], [1, 3]], edges(2))
-    connect(groups)
-    compare_neighbours({"data": rank % 2}, groups)
+    pipelines = [[0, 2], [1, 3]]
+    connect(edge_groups(pipelines, edges(2)))
+    neighbours = neighbours_of(rank, pipelines, edges(2))
+    assert neighbours == [(rank + 2) % 4]
+    compare_neighbours({"data": rank % 2}, neighbours)
     with pytest.raises(ValueError, match="rank 0 has 0, its neighbour rank 2 has 1"):
-        compare_neighbours({"data": rank // 2}, groups)
+        compare_neighbours({"data": rank // 2}, neighbours)
 
 
 def test_pipelines_are_compared_apart():
@@ -90,3 +91,8 @@ def test_the_trainer_refuses_ranks_that_do_not_fit_before_the_first_step():
     assert "stage message: rank 0 has (11, 1, 96) torch.float32, its neighbour rank 1 has (11, 1, 64) torch.float32" in first
     first, second = run_ranks(build_trainer, 2, [(), ("train.global_batch=10",)])
     assert first == second and "schedule: rank 0 has" in first and "stage message" not in first
+    # What would make other groups, or more of them, is found before any is made; whichever of the two is the one with neighbours.
+    first, second = run_ranks(build_trainer, 2, [(), ("parallel.pp=1",)])
+    assert first == second and "schedule: rank 0 has" in first
+    first, second = run_ranks(build_trainer, 2, [("parallel.pp=1",), ()])
+    assert first == second and "schedule: rank 0 has" in first

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from pipehc.comm.environment import overlap_warnings
-from pipehc.comm.groups import Edge, edge_groups
+from pipehc.comm.groups import Edge, edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
@@ -260,8 +260,7 @@ class ForwardBackward:
         if key not in self._programs:
             schedule = self.source.build(ranks, microbatches, forward_only)
             program = compile(schedule, recompute=self._recompute and not forward_only, high=True)
-            self._connect(schedule.placement)
-            compare_neighbours({"schedule": digest(program.instructions)}, self._groups)
+            self._connect(schedule.placement, {"schedule": digest(program.instructions)})
             self._programs[key] = program
         return self._programs[key]
 
@@ -271,20 +270,25 @@ class ForwardBackward:
         shape = (seq_length // split, micro_batch_size, config.hidden_size * streams)
         dtype = config.pipeline_dtype or config.params_dtype
         if (shape, dtype) not in self._mailboxes:
-            compare_neighbours({"stage message": f"{shape} {dtype}"}, self._groups)
+            compare_neighbours({"stage message": f"{shape} {dtype}"}, self._neighbours)
             self._mailboxes[shape, dtype] = Mailbox(self._groups, shape, dtype, self._device, self._hang.timeout_s)
         return self._mailboxes[shape, dtype]
 
-    def _connect(self, placement: Placement) -> None:
-        """Makes the groups of stage messages, of all pipelines and in both directions."""
-        if self._pipelines:
-            return
-        own = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-        everyone: list[list[int]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-        self._pipelines = pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
+    def _connect(self, placement: Placement, facts: Mapping[str, object]) -> None:
+        """Compares `facts` with the neighbours, then makes the groups of stage messages, of all pipelines in both directions."""
+        new = not self._pipelines
+        if new:
+            own = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+            everyone: list[list[int]] = [[]] * dist.get_world_size()
+            dist.all_gather_object(everyone, own)
+            self._pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
         there = {(a, b) for lane in placement.table for a, b in pairwise(lane) if a != b}
-        self._groups = edge_groups(pipelines, sorted(there | {(b, a) for a, b in there}), self._hang.timeout_s, self._device)
+        edges = sorted(there | {(b, a) for a, b in there})
+        self._neighbours = neighbours_of(dist.get_rank(), self._pipelines, edges)
+        compare_neighbours(facts, self._neighbours)
+        if not new:
+            return
+        self._groups = edge_groups(self._pipelines, edges, self._hang.timeout_s, self._device)
         connect(self._groups, self._device)
         if dist.get_rank() == 0:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
