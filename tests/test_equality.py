@@ -175,6 +175,39 @@ def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, bl
                     assert torch.equal(gradient, same), overrides
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "schedule.name=dualpipe residual.kind=harmonized",
+        *(
+            pytest.param(f"schedule.name={layout}", marks=pytest.mark.slow)
+            for layout in (
+                "dualpipe residual.kind=hc residual.exit=sum recompute.block=2",
+                "dualpipe residual.kind=mhc train.precision=bf16 runtime.bucket_size=3000",
+                "dualpipev residual.kind=isohc recompute.block=1",
+                "dualpipev residual.kind=mhc residual.fixed=[res] model.dense_blocks=3 train.precision=bf16",
+                "interleaved residual.kind=harmonized residual.static=true recompute.block=3",
+                "zbv residual.kind=hybrid model.dense_blocks=8 parallel.ep=1",
+                "zb_h1 residual.kind=hybrid residual.fixed=[pre] model.experts_shared=0",
+                "gpipe residual.kind=mhc train.micro_batch=2",
+            )
+        ),
+    ],
+)
+def test_overlap_and_recomputation_change_no_bit_whatever_else_is_set(tiny, layout):
+    layout = ["parallel.pp=2", "parallel.ep=2", *layout.split()]
+    processes = 2 if "parallel.ep=1" in layout else 4
+    off, on = (
+        run_ranks(one_step, processes, tiny, [*layout, f"runtime.overlap={on}", f"recompute.enabled={on}"], timeout=240)
+        for on in ("false", "true")
+    )
+    for expected, found in zip(off, on):
+        assert found[:4] == expected[:4] and found[6:] == expected[6:]
+        assert found[4].keys() == expected[4].keys() and expected[4]
+        assert all(torch.equal(gradient, expected[4][name]) for name, gradient in found[4].items())
+        assert all(torch.equal(bias, expected[5][name]) for name, bias in found[5].items())
+
+
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
 def test_equals_one_process_with_data_parallelism(tiny, reference, name):
     check_layout(tiny, reference("mhc"), 8, f"schedule.name={name}", "parallel.pp=2", "parallel.ep=2", "parallel.dp=4")
