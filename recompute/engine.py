@@ -10,41 +10,18 @@ Pieces run on the queues that they name; every value and gradient carries the ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from pipehc.comm.queues import Queue, Work
 from pipehc.recompute.chain import Chain, Exchange, Piece, QueueName, Watch
+from pipehc.recompute.graph import Graph, record, without
+from pipehc.recompute.order import Made, Order
 from pipehc.recompute.saved import SavedBytes
-
-
-class _Graph(NamedTuple):
-    """What a piece needs for its backward. Edges and not tensors: the graph may outlive the data of its results."""
-
-    edges: tuple[GradientEdge | None, ...]  # of the outputs
-    gradients: list[torch.Tensor | None]  # of the inputs, once the backward ran; None where not differentiable
-    constants: tuple[Any, ...] = ()  # of an Exchange: the inputs that are not tensors
-
-
-class _Made(NamedTuple):
-    """Where something was made, the event that it is complete after, and the event's number in this pass."""
-
-    queue: Queue
-    event: Any
-    number: int
-
-
-class _Dropped(NamedTuple):
-    """In the place of a saved tensor: which value it was a view of, and which view."""
-
-    name: str
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
 
 
 class Pass:
@@ -76,13 +53,12 @@ class Pass:
         self._rebuilt: dict[str, Any] = {}
         self._rebuilt_uses: dict[str, int] = {}
         self._built: set[int] = set()  # blocks whose cheap pieces have graphs
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, Graph] = {}
         self._gradients: dict[str, list[torch.Tensor | None]] = {}
-        self._events = 0
-        self._waited: dict[tuple[int, int], int] = {}  # (queue, other queue) -> number of the last event of the other waited for
-        self._again: dict[str, _Made] = {}  # as `_made`, of rebuilt values
-        self._owed: dict[str, list[_Made]] = {}  # where the parts of a gradient were made
-        self._made = dict.fromkeys(given, self._mark(queues["compute"]))
+        self._order = Order()
+        self._again: dict[str, Made] = {}  # as `_made`, of rebuilt values
+        self._owed: dict[str, list[Made]] = {}  # where the parts of a gradient were made
+        self._made = dict.fromkeys(given, self._order.mark(queues["compute"]))
         for name, value in given.items():
             self._keep(name, value)
 
@@ -93,13 +69,13 @@ class Pass:
         piece = self._chain.pieces[index]
         block = self._chain.block_of[index]
         queue = self._queues[piece.queue]
-        crossing = self._after(queue, [self._made.get(name) for name in piece.inputs])
+        crossing = self._order.after(queue, [self._made.get(name) for name in piece.inputs])
 
         def work() -> Callable[[], None] | None:
             inputs = self._take(queue, piece, crossing)
             if isinstance(piece, Exchange):
                 if self._grad:
-                    self._graphs[index] = _Graph((), [], tuple(v for v in inputs if not isinstance(v, torch.Tensor)))
+                    self._graphs[index] = Graph((), [], tuple(v for v in inputs if not isinstance(v, torch.Tensor)))
                 end = piece.run(*inputs)
                 return lambda: self._put(piece, end())
             if not self._grad or (self._recompute and piece.rebuilt):
@@ -118,7 +94,7 @@ class Pass:
             return None
 
         self._run(queue, "F", index, work)
-        made = self._mark(queue)
+        made = self._order.mark(queue)
         self._made.update((name, made) for name in piece.outputs)
 
     def forward_all(self) -> None:
@@ -128,7 +104,7 @@ class Pass:
     def result(self, queue: QueueName = "compute") -> Any:
         """The chain's result, once, complete for what is issued to `queue` from now on. Without autograd: it is detached."""
         name, to = self._chain.result, self._queues[queue]
-        [crosses] = self._after(to, [self._made[name]])
+        [crosses] = self._order.after(to, [self._made[name]])
         to.push()
         assert name in self._values, f"{name} is asked for before it is there: no event orders them"
         value = self._values.pop(name)
@@ -142,7 +118,7 @@ class Pass:
         """Gives the gradient of a value, complete for what is issued to `queue` from now on."""
         self._queues[queue].hold(gradient)
         self._gradients.setdefault(name, []).append(gradient)
-        self._owed.setdefault(name, []).append(self._mark(self._queues[queue]))
+        self._owed.setdefault(name, []).append(self._order.mark(self._queues[queue]))
 
     def rebuild(self, block: int | None = None) -> None:
         """Issues what a block (None: the last, where the backward begins) dropped; nothing if it was not dropped or is back."""
@@ -164,7 +140,7 @@ class Pass:
         parts = {name: self._owed.pop(name, []) for name in piece.outputs}
         dropped = [name for name in piece.inputs if self._recompute and not piece.rebuilt and self._chain.is_rebuilt(name, block)]
         sources = [made for owed in parts.values() for made in owed] + [self._again[name] for name in dropped]
-        crosses_all = iter(self._after(queue, sources))
+        crosses_all = iter(self._order.after(queue, sources))
         crossing = {name: [next(crosses_all) for _ in owed] for name, owed in parts.items()}
         held = list(crosses_all)
 
@@ -177,17 +153,14 @@ class Pass:
             if isinstance(piece, Exchange):
                 end = piece.run_backward(gradients, *graph.constants)
                 return lambda: self._give(piece, end())
-            pairs = [(edge, g) for edge, g in zip(graph.edges, gradients) if edge is not None and g is not None]
-            if pairs:
-                edges, seeds = zip(*pairs)
-                torch.autograd.backward(edges, seeds)
+            graph.backward(gradients)
             for name in dropped:
                 self._use_rebuilt(name)
             self._give(piece, graph.gradients)
             return None
 
         self._run(queue, "B", index, work)
-        made = self._mark(queue)
+        made = self._order.mark(queue)
         for name in piece.inputs:
             self._owed.setdefault(name, []).append(made)
 
@@ -198,7 +171,7 @@ class Pass:
     def gradient(self, name: str) -> torch.Tensor | None:
         """The gradient of a given value, complete for what is issued to `compute` from now on."""
         queue = self._queues["compute"]
-        return self._sum(queue, name, self._after(queue, self._owed.pop(name, [])))
+        return self._sum(queue, name, self._order.after(queue, self._owed.pop(name, [])))
 
     def _run(self, queue: Queue, kind: Literal["F", "B", "R"], index: int, work: Work) -> None:
         watch = self._watch
@@ -222,24 +195,6 @@ class Pass:
         queue.run(watched)
 
     # -- values
-
-    def _after(self, queue: Queue, sources: Sequence[_Made | None]) -> list[bool]:
-        """Orders what is issued to `queue` next after all `sources`; returns which of them were on another queue."""
-        crossing = [made is not None and made.queue is not queue for made in sources]
-        latest: dict[int, _Made] = {}  # a queue is in order: its last event stands for all before it
-        for made, crosses in zip(sources, crossing):
-            if made is not None and crosses and (id(made.queue) not in latest or latest[id(made.queue)].number < made.number):
-                latest[id(made.queue)] = made
-        for other, made in latest.items():
-            if self._waited.get((id(queue), other), 0) < made.number:
-                self._waited[id(queue), other] = made.number
-                queue.wait(made.event)
-        return crossing
-
-    def _mark(self, queue: Queue) -> _Made:
-        """All that was issued to `queue` so far."""
-        self._events += 1
-        return _Made(queue, queue.event(), self._events)
 
     def _take(self, queue: Queue, piece: Piece, crossing: list[bool]) -> list[Any]:
         """The inputs of a piece; those that nobody else needs are forgotten."""
@@ -275,39 +230,18 @@ class Pass:
 
     def _record(self, index: int, run: Callable[..., Any], inputs: list[Any], dropped: dict[int, str]) -> tuple[Any, ...]:
         """Runs a piece with autograd, in a graph of its own. dropped: addresses of storages that it must not keep."""
-        piece = self._chain.pieces[index]
-        entered, gradients = _enter(inputs)
-        with torch.enable_grad(), self._hooks(piece, dropped), self._scope():
-            outputs = run(*entered)
-        edges = (get_gradient_edge(v) if isinstance(v, torch.Tensor) and v.requires_grad else None for v in outputs)
-        self._graphs[index] = _Graph(tuple(edges), gradients)
+        count = None if self._count is None else partial(self._count_saved, self._count, self._chain.pieces[index].rebuilt)
+        saving = without(dropped, self._rebuilt.__getitem__, count)
+        outputs, self._graphs[index] = record(run, inputs, saving, self._scope())
         return outputs
 
-    def _hooks(self, piece: Piece, dropped: dict[int, str]) -> AbstractContextManager[Any]:
-        if not dropped and self._count is None:
-            return nullcontext()
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor | _Dropped:
-            name = dropped.get(tensor.untyped_storage().data_ptr())
-            if name is not None:
-                return _Dropped(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
-            if self._count is not None and piece.rebuilt and self._recompute:
-                self._count.add_transient(tensor)
-            elif self._count is not None:
-                size = self._count.new(tensor)
-                if piece.rebuilt:
-                    self._count.by_rebuilt += size
-                else:
-                    self._count.by_f += size
-            return tensor.detach()  # without its history: a result that saves itself would never be freed
-
-        def unpack(saved: torch.Tensor | _Dropped) -> torch.Tensor:
-            if isinstance(saved, torch.Tensor):
-                return saved
-            value: torch.Tensor = self._rebuilt[saved.name]
-            return value.as_strided(saved.size, saved.stride, saved.offset)
-
-        return saved_tensors_hooks(pack, unpack)
+    def _count_saved(self, count: SavedBytes, rebuilt: bool, tensor: torch.Tensor) -> None:
+        if not rebuilt:
+            count.by_f += count.new(tensor)
+        elif self._recompute:
+            count.add_transient(tensor)
+        else:
+            count.by_rebuilt += count.new(tensor)
 
     # -- recomputation
 
@@ -315,7 +249,7 @@ class Pass:
         piece = self._chain.pieces[index]
         queue = self._queues[piece.queue]
         own = [self._chain.is_rebuilt(name, block) for name in piece.inputs]
-        crossing = self._after(queue, [(self._again if again else self._made).get(n) for n, again in zip(piece.inputs, own)])
+        crossing = self._order.after(queue, [(self._again if again else self._made).get(n) for n, again in zip(piece.inputs, own)])
 
         def work() -> None:
             inputs = []
@@ -336,7 +270,7 @@ class Pass:
                         self._count.add_transient(value)
 
         self._run(queue, "R", index, work)
-        made = self._mark(queue)
+        made = self._order.mark(queue)
         self._again.update((name, made) for name in piece.outputs)
 
     def _use_kept(self, name: str) -> Any:
@@ -372,32 +306,3 @@ class Pass:
     def _give(self, piece: Piece, gradients: Any) -> None:
         for name, gradient in zip(piece.inputs, gradients, strict=True):
             self._gradients.setdefault(name, []).append(gradient)
-
-
-class _Enter(torch.autograd.Function):
-    """The way into a graph that keeps no data: a leaf would hold its storage for as long as the graph lives."""
-
-    @staticmethod
-    def forward(ctx: Any, root: torch.Tensor, positions: list[int], gradients: list, *tensors: torch.Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.positions, ctx.gradients = positions, gradients
-        return tuple(tensor.detach() for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, ...]:
-        for position, grad in zip(ctx.positions, grads):
-            ctx.gradients[position] = grad
-        return (None,) * (3 + len(grads))
-
-
-def _enter(inputs: list[Any]) -> tuple[list[Any], list[torch.Tensor | None]]:
-    """The inputs as the start of a graph, and a list that will hold their gradients after its backward."""
-    gradients: list[torch.Tensor | None] = [None] * len(inputs)
-    positions = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    if not positions:
-        return inputs, gradients
-    root = torch.empty(0, requires_grad=True)
-    entered = list(inputs)
-    for i, tensor in zip(positions, _Enter.apply(root, positions, gradients, *(inputs[i] for i in positions))):
-        entered[i] = tensor
-    return entered, gradients
