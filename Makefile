@@ -45,7 +45,11 @@ gpu-check: $(READY)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  PIPEHC_KERNELS=triton $(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS) && \
 	  $(BIN)/torchrun --standalone --nproc-per-node 1 -m pipehc.train --config configs/cpu_demo.yaml parallel.pp=1 \
-	    schedule.name=1f1b train.precision=bf16 train.steps=20 run.folder=runs/gpu_check checkpoint.resume=never; \
+	    schedule.name=1f1b train.precision=bf16 train.steps=20 run.folder=runs/gpu_check checkpoint.resume=never && \
+	  if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 4)'; then \
+	    $(BIN)/torchrun --standalone --nproc-per-node 4 -m pipehc.train --config configs/cpu_demo.yaml recompute.enabled=true \
+	      train.precision=bf16 train.steps=20 'trace.steps=[10,10]' run.folder=runs/gpu_check_4 checkpoint.resume=never; \
+	  else echo "fewer than four GPUs: messages between them are not checked"; fi; \
 	else echo "no CUDA device here: nothing to check"; fi
 
 clean:
