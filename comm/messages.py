@@ -85,7 +85,9 @@ class Mailbox:
     def post(self, message: tuple, edge: Edge, slot: int = 0) -> None:
         """Posts the receive of `message` on `edge`. Posts of an edge must have the order of the peer's sends."""
         assert all(other != (edge, slot) for other, _ in self._received.values()), f"{message}: something is posted into its slot"
-        tensor = torch.empty(self._shape, dtype=self._dtype) if self._through_host else self._buffer((edge, slot))
+        tensor = self._buffer((edge, slot))  # made in any case: asking for memory, too, may wait for an idle device
+        if self._through_host:
+            tensor = torch.empty(self._shape, dtype=self._dtype)
         try:
             work = dist.irecv(tensor, group=self._groups[edge], group_src=_position(edge, edge[0]))
         except RuntimeError as error:
