@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -85,3 +87,19 @@ names = ["pre_kernel", "post_res_kernel", "post_res_pre Birkhoff", "post_res_pre
 print(json.dumps([resources(every[name], 1001, 90)["atomics"] for name in names]))
 """
     assert without_interpreter(code) == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "streams"), [(3, "fp32"), (8, "fp16"), (8, "fp32")])
+def test_every_number_of_streams_compiles_and_fits(n, streams):
+    """The least shared memory of the three architectures is that of sm_80: 163 KB of a thread block."""
+    code = f"""
+import json
+from compiled import forms, resources
+from pipehc.kernels.manifolds import Birkhoff
+found = {{name: resources(form, 2560, 80, "{streams}") for name, form in forms(Birkhoff(), {n}).items()}}
+print(json.dumps({{name: [r["shared"], r["atomics"]] for name, r in found.items()}}))
+"""
+    found = without_interpreter(code)
+    assert len(found) == 9
+    assert all(shared <= 163 * 1024 and atomics == 0 for shared, atomics in found.values()), found

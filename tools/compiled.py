@@ -20,7 +20,7 @@ from triton.runtime.jit import create_function_from_signature
 from pipehc.kernels.forward import map_constants
 from pipehc.kernels.manifolds import Birkhoff, Harmonized, Hybrid, IdentityOffset, Isometric, Manifold
 from pipehc.kernels.projection import padded_columns
-from pipehc.kernels.tiles import MAX_REGISTERS
+from pipehc.kernels.tiles import MAX_REGISTERS, block_channels
 
 STREAMS = {"x", "f", "x_next", "y", "d_x", "d_f", "d_y", "d_x_next", "d_x_direct", "d_f_before"}
 INTEGERS = {"T", "C", "BLOCKS", "PARTS", "SIZE"}
@@ -36,10 +36,10 @@ class Form:
     options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
 
 
-def forms(manifold: Manifold | None = None) -> dict[str, Form]:
-    """The kernels of all operations at n = 4, as the wrappers launch them."""
+def forms(manifold: Manifold | None = None, n: int = 4) -> dict[str, Form]:
+    """The kernels of all operations at n streams, as the wrappers launch them. manifold: of the maps; None: every one."""
     modules = {name: importlib.import_module(f"pipehc.kernels.{name}") for name in ("forward", "backward", "pre", "post_res")}
-    n, block = 4, {"n": 4, "BT": 16, "BC": 64}
+    block = {"n": n, "BT": 16, "BC": block_channels(n)}
     found = {}
     for module, name in [
         ("pre", "pre_kernel"),
@@ -82,8 +82,11 @@ def specialization(form: Form, values: dict[str, Any], arch: int) -> tuple[Any, 
     return tuple(one for p, one in zip(parameters, found) if p.name in values)
 
 
-def resources(form: Form, channels: int, arch: int) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory, widths in bits of global accesses, and matrix instructions."""
+def resources(form: Form, channels: int, arch: int, streams: str = "bf16") -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory, widths in bits of global accesses, and matrix instructions.
+
+    streams: Triton's name for the dtype of the streams.
+    """
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(form.kernel.arg_names):
         if name in form.constants:
@@ -97,7 +100,7 @@ def resources(form: Form, channels: int, arch: int) -> dict[str, Any]:
                 elif key == "D":
                     attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "*bf16" if name in STREAMS else "*fp32"
+            signature[name] = f"*{streams}" if name in STREAMS else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=form.kernel, signature=signature, constexprs=constants, attrs=attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=form.options)
