@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron_job import MICRO_BATCH, SEQUENCE, Job, forward_step, initialize, model_config, provider
 
-from pipehc.megatron import build_model_chunks, enable, forward_backward_func, hyper_connection_layer_spec
+from pipehc.megatron import build_model_chunks, enable, forward_backward_func, hyper_connection_layer_spec, wrap_model_chunks
 from pipehc.megatron.refusals import OPTIONS, refuse_options
 from processes import run_ranks
 
@@ -206,6 +206,29 @@ def test_models_and_calls_are_refused_on_every_rank():
         for message, text in zip(expected, said, strict=True):
             with pytest.raises(ValueError, match=message):
                 raise ValueError(text)
+
+
+def run_wrong_chunks(rank):
+    """A hand-written loop's mistakes: with Megatron's own DDP each replica trained by itself, and the losses looked plausible."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    initialize(pp=2)
+    config, ddp_config = model_config(pp=2), DistributedDataParallelConfig()
+    chunks = build_model_chunks(provider(config), "dualpipe")
+    arguments = dict(
+        forward_step_func=forward_step, data_iterator=iter(()), num_microbatches=8, seq_length=SEQUENCE,
+        micro_batch_size=MICRO_BATCH,
+    )  # fmt: skip
+    for wrong in (chunks, [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]):
+        with pytest.raises(ValueError, match=r"sum its gradients over both replicas .*wrap_model_chunks"):
+            forward_backward_func("dualpipe")(model=wrong, **arguments)
+    wrapped = wrap_model_chunks(chunks, ddp_config, "dualpipe")
+    with pytest.raises(ValueError, match=r"runs as stage 0 has layers \[5, 6, 7, 8\], it must begin with layer 1: .*build_model"):
+        forward_backward_func("dualpipe")(model=wrapped[::-1], **arguments)
+
+
+def test_chunks_of_another_placement_or_without_a_mirror():
+    run_ranks(run_wrong_chunks, 2)
 
 
 def test_odd_pipelines_have_no_mirror():

@@ -85,6 +85,7 @@ def count_once(chunks: Sequence[Any], held: Sequence[tuple[int, int]], config: A
     """For DDP-wrapped chunks, before the optimizer is built: gradients are averaged over data parallelism alone, the norm counts
     one replica, and a checkpoint holds one."""
     for chunk, (lane, _) in zip(chunks, held):
+        chunk.counts_replicas_once = True
         if not config.calculate_per_token_loss:
             # DDP divides by the size of its group, of which the mirror is half: the two replicas see different micro-batches.
             for buffer in chunk.buffers + chunk.expert_parallel_buffers:

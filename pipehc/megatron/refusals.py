@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch.distributed as dist
+from megatron.core.utils import unwrap_model
 
 from pipehc.comm.handshake import first_problem
 from pipehc.schedules import Placement
@@ -81,6 +85,41 @@ def refuse_model(model: Any, placement: Placement) -> None:
         raise ValueError(f"{name}: encoder-decoder models are not supported; use a decoder-only model")
     if getattr(model, "share_embeddings_and_output_weights", False) and placement.ranks > 1:
         refuse_tied(placement)
+
+
+def refuse_places(
+    chunks: Sequence[Any], held: Sequence[tuple[int, int]], placement: Placement, pipeline: dist.ProcessGroup
+) -> None:
+    """ValueError on every rank unless the chunks hold, stage by stage, the layers of the whole model in their order. Collective.
+
+    held: the (lane, stage) that each chunk of this rank is to run as.
+    """
+    own = {place: [layer.layer_number for layer in unwrap_model(chunk).decoder.layers] for place, chunk in zip(held, chunks)}
+    everyone: list[dict[tuple[int, int], list[int]]] = [{} for _ in range(pipeline.size())]
+    dist.all_gather_object(everyone, own, group=pipeline)
+    layers = {place: numbers for found in everyone for place, numbers in found.items()}
+    problem = None
+    for lane in range(placement.lanes):
+        following = 1
+        for stage in range(placement.stages):
+            numbers = layers[lane, stage]
+            if problem is None and numbers != list(range(following, following + len(numbers))):
+                problem = (
+                    f"model: the chunk that runs as stage {stage} has layers {numbers}, it must begin with layer {following}: the "
+                    "chunks are not those of the schedule's placement; build them with pipehc.megatron.build_model_chunks"
+                )
+            following += len(numbers)
+    raise_everywhere(problem)
+
+
+def refuse_unmirrored(chunks: Sequence[Any]) -> None:
+    """ValueError for chunks whose DDP does not span the replicas of their stage: each replica would train by itself."""
+    for i, chunk in enumerate(chunks):
+        if not getattr(chunk, "counts_replicas_once", False):
+            raise ValueError(
+                f"model: chunk {i} ({type(chunk).__name__}) does not sum its gradients over both replicas of its stage, which "
+                "would drift apart; wrap the chunks with pipehc.megatron.wrap_model_chunks"
+            )
 
 
 def refuse_tied(placement: Placement) -> None:

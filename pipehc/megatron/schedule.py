@@ -33,7 +33,7 @@ from pipehc.megatron.grad_sync import early_reduction, reduces_early, start_gath
 from pipehc.megatron.hang import HangReport
 from pipehc.megatron.mirror import mirrored_groups
 from pipehc.megatron.position import exchanged, held_stages, megatron_place
-from pipehc.megatron.refusals import raise_everywhere, refuse_call, refuse_model
+from pipehc.megatron.refusals import raise_everywhere, refuse_call, refuse_model, refuse_places, refuse_unmirrored
 from pipehc.megatron.source import ScheduleSource, source_of
 from pipehc.megatron.tracing import Tracing
 from pipehc.megatron.versions import default_groups
@@ -154,7 +154,9 @@ class ForwardBackward:
                 f"model: {len(chunks)} chunks on a rank; {self.source.name} over {pipeline.size()} ranks needs {len(held)}: "
                 "build them with pipehc.megatron.build_model_chunks, or let pipehc.megatron.enable do it"
             )
-        self._prepare(chunks)
+        if placement.lanes == 2 and not forward_only:
+            refuse_unmirrored(chunks)
+        self._prepare(chunks, held, placement)
         program = self._program(pipeline.size(), num_microbatches, forward_only)
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
@@ -228,7 +230,7 @@ class ForwardBackward:
 
     # -- made once
 
-    def _prepare(self, chunks: Sequence[Any]) -> None:
+    def _prepare(self, chunks: Sequence[Any], held: Sequence[tuple[int, int]], placement: Placement) -> None:
         """Takes chunks apart that were not seen before. Collective then."""
         new = [chunk for chunk in chunks if chunk not in self._chains]
         if not new:
@@ -236,7 +238,13 @@ class ForwardBackward:
         problem = None
         try:
             for chunk in new:
-                refuse_model(unwrap_model(chunk), self.source.placement(parallel_state.get_pipeline_model_parallel_world_size()))
+                refuse_model(unwrap_model(chunk), placement)
+        except ValueError as error:
+            problem = str(error)
+        raise_everywhere(problem)
+        refuse_places(chunks, held, placement, parallel_state.get_pipeline_model_parallel_group())
+        try:
+            for chunk in new:
                 self._chains[chunk] = decoder_chain(unwrap_model(chunk).decoder, self._block)
                 self._device = next(chunk.parameters()).device
                 deferred = install_deferral(chunk, self._reduction.landed)
