@@ -64,6 +64,7 @@ BROKEN = {
     "fp8": "hybrid", "fp4": "e2m1", "fp32_residual_connection": True, "num_microbatches_with_partial_activation_checkpoints": 2,
     "hybrid_context_parallel": True, "moe_shared_expert_overlap": True, "moe_paged_stash": True,
     "overlap_dispatch_backward_with_experts_wgrad": True, "moe_enable_routing_replay": True, "gtp_weight_remat_size": 2,
+    "expert_gtp_weight_remat_size": 2, "heterogeneous_block_specs": True, "experimental_attention_variant": "dsa",
 }  # fmt: skip
 
 
@@ -107,6 +108,7 @@ JOBS = [
     ("1f1b", dict(inprocess_restart=True), "inprocess_restart = True"),
     ("dualpipe", dict(moe_router_load_balancing_type=["aux_loss", "global_aux_loss"]), "load_balancing_type = .*global_aux_loss"),
     ("dualpipe", dict(moe_router_load_balancing_type="quantile_balancing"), "load_balancing_type = 'quantile_balancing'"),
+    ("megatron", dict(heterogeneous_layers_config_encoded_json="{}"), "heterogeneous_layers_config_encoded_json = '{}'"),
     ("1f1b", dict(num_distributed_optimizer_instances=2), "num_distributed_optimizer_instances = 2"),
     ("megatron", dict(dataloader_inter_document_masking=True), "dataloader_inter_document_masking = True"),
     ("dualpipe", SAVING, "set --dist-ckpt-optim-fully-reshardable"),
@@ -185,6 +187,10 @@ def build_wrongly(rank):
     refused(lambda: forward_backward_func("dualpipe")(**arguments))
     refused(lambda: forward_backward_func("1f1b")(**arguments, adjust_tensor_shapes_fn=len))
     refused(lambda: forward_backward_func("1f1b")(**arguments, p2p_communicator=len))
+    config = megatron.core.utils.get_model_config(chunks[0])
+    config.param_sync_func = len
+    refused(lambda: forward_backward_func("1f1b")(**arguments))
+    config.param_sync_func = None
     refused(lambda: forward_backward_func("1f1b")(**(arguments | {"data_iterator": [iter(()), iter(())]})))
     return said
 
@@ -200,12 +206,21 @@ def test_models_and_calls_are_refused_on_every_rank():
         "model: 1 chunks on a rank; dualpipe over 2 ranks needs 2",
         "adjust_tensor_shapes_fn = .*: must be None",
         "p2p_communicator = .*: must be None",
+        "param_sync_func = .*: is not called under our schedules, .*; set None",
         "data_iterator: a list of 2; must have one iterator for each of the 1 model chunks",
     ]
     for said in run_ranks(build_wrongly, 2):
         for message, text in zip(expected, said, strict=True):
             with pytest.raises(ValueError, match=message):
                 raise ValueError(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_megatron_fsdp", True), ("use_custom_fsdp", True), ("num_distributed_optimizer_instances", 2)]
+)
+def test_options_of_ddp(name, value):
+    with pytest.raises(ValueError, match=f"{name} = {value}: not supported by wrap_model_chunks; (use|set)"):
+        wrap_model_chunks([], SimpleNamespace(**{name: value}))
 
 
 def run_wrong_chunks(rank):

@@ -64,8 +64,19 @@ def early_reduction(
     return EarlyReduction(program, rank, start, expect)
 
 
-def _is_megatrons(function: Any, chunk: Any) -> bool:
-    return getattr(function, "__self__", None) is chunk and getattr(function, "__name__", "") == "start_grad_sync"
+def refuse_param_sync(chunks: Sequence[Any], config: Any) -> None:
+    """ValueError for a param_sync_func of the job's own, which is not called."""
+    functions = config.param_sync_func or []
+    for function in functions if isinstance(functions, list) else [functions]:
+        if not any(_is_megatrons(function, chunk, "start_param_sync") for chunk in chunks):
+            raise ValueError(
+                f"param_sync_func = {function!r}: is not called under our schedules, which start the gathers of Megatron's DDP; "
+                "set None"
+            )
+
+
+def _is_megatrons(function: Any, chunk: Any, name: str = "start_grad_sync") -> bool:
+    return getattr(function, "__self__", None) is chunk and getattr(function, "__name__", "") == name
 
 
 def start_gathers(chunks: Sequence[Any]) -> None:

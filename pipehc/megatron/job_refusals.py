@@ -19,6 +19,7 @@ ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "vision_pretraining": ((None, False), "use a language model"),
     "modelopt_enabled": ((None, False), "train without ModelOpt"),
     "heterogeneous_layers_config_path": ((None,), "use equal layers"),
+    "heterogeneous_layers_config_encoded_json": ((None,), "use equal layers"),
     "use_layer_wise_distributed_optimizer": ((None, False), "use --use-distributed-optimizer or none"),
     "moe_use_upcycling": ((None, False), "convert the checkpoint in a job without pipehc first"),
     "dataloader_inter_document_masking": ((None, False), "leave it out: layers and stages do not hear where documents end"),

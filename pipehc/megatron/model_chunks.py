@@ -19,7 +19,7 @@ from torch import nn
 
 from pipehc.megatron.mirror import count_once, equalize, gradient_groups
 from pipehc.megatron.position import acting_at, held_stages, megatron_place
-from pipehc.megatron.refusals import raise_everywhere, refuse_model, refuse_options, refuse_placement
+from pipehc.megatron.refusals import raise_everywhere, refuse_ddp_options, refuse_model, refuse_options, refuse_placement
 from pipehc.megatron.source import source_of
 from pipehc.megatron.spec import Residual, hyper_connection_layer_spec, residual_settings
 from pipehc.schedules import Placement
@@ -107,8 +107,10 @@ def wrap_model_chunks(
 ) -> list[DistributedDataParallel]:
     """The chunks in Megatron's DDP, whose groups span the replicas of a stage. Collective.
 
-    Build the optimizer inside `gradient_groups_of` too. schedule, search: as for `build_model_chunks`.
+    Build the optimizer inside `gradient_groups_of` too. schedule, search: as for `build_model_chunks`. Raises ValueError for FSDP
+    and several optimizer instances.
     """
+    refuse_ddp_options(ddp_config)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     placement = source_of(schedule, search).placement(pipeline.size())
     held = held_stages(placement, pipeline.rank())

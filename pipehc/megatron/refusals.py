@@ -47,6 +47,9 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "moe_paged_stash": ((None, False), "it relies on the order of Megatron's own schedules", "set False"),
     "moe_enable_routing_replay": ((None, False), "it replays routes in the order of Megatron's own schedules", "set False"),
     "gtp_weight_remat_size": ((None, 1), "weights would have to be gathered for every node", "set 1"),
+    "expert_gtp_weight_remat_size": ((None, 1), "weights would have to be gathered for every node", "set 1"),
+    "heterogeneous_block_specs": ((None, False), "a layer may lack attention or FFN", "use equal layers"),
+    "experimental_attention_variant": ((None,), "its layers may share state", "use standard attention or MLA"),
 }
 
 
@@ -62,6 +65,22 @@ def refuse_options(config: Any) -> None:
         value = getattr(config, name, None)
         if value not in fine:
             raise ValueError(f"{name} = {value!r}: not supported under our schedules: {reason}; {remedy}")
+
+
+# option of Megatron's DistributedDataParallelConfig -> (values that are fine, remedy)
+DDP_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_megatron_fsdp": ((None, False), "use Megatron's DistributedDataParallel"),
+    "use_custom_fsdp": ((None, False), "use Megatron's DistributedDataParallel"),
+    "num_distributed_optimizer_instances": ((None, 1), "set 1"),
+}
+
+
+def refuse_ddp_options(ddp_config: Any) -> None:
+    """ValueError for what `wrap_model_chunks` does not do."""
+    for name, (fine, remedy) in DDP_OPTIONS.items():
+        value = getattr(ddp_config, name, None)
+        if value not in fine:
+            raise ValueError(f"{name} = {value!r}: not supported by wrap_model_chunks; {remedy}")
 
 
 def refuse_call(config: Any, adjust_tensor_shapes_fn: Any, p2p_communicator: Any) -> None:

@@ -29,7 +29,7 @@ from pipehc.megatron.batches import batches_of
 from pipehc.megatron.buckets import BucketReduction
 from pipehc.megatron.chunk import ChunkStage, ForwardStep, decoder_chain, wrappers
 from pipehc.megatron.feedback import gain_feedback
-from pipehc.megatron.grad_sync import early_reduction, reduces_early, start_gathers, without_grad_sync
+from pipehc.megatron.grad_sync import early_reduction, reduces_early, refuse_param_sync, start_gathers, without_grad_sync
 from pipehc.megatron.hang import HangReport
 from pipehc.megatron.mirror import mirrored_groups
 from pipehc.megatron.position import exchanged, held_stages, megatron_place
@@ -146,6 +146,7 @@ class ForwardBackward:
         chunks: list[Any] = model if isinstance(model, list) else [model]
         config = get_model_config(chunks[0])
         refuse_call(config, adjust_tensor_shapes_fn, p2p_communicator)
+        refuse_param_sync(chunks, config)
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         placement = self.source.placement(pipeline.size())
         held = held_stages(placement, pipeline.rank())
