@@ -43,7 +43,7 @@ KERNEL_TESTS := $(patsubst %,tests/test_%.py,coefficients pre coefficients_pre p
 	identity_offset harmonized hyper_connection tiles)
 gpu-check: $(READY)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  PIPEHC_KERNELS=triton $(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS) && \
+	  $(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS) && \
 	  $(BIN)/torchrun --standalone --nproc-per-node 1 -m pipehc.train --config configs/cpu_demo.yaml parallel.pp=1 \
 	    schedule.name=1f1b train.precision=bf16 train.steps=20 run.folder=runs/gpu_check checkpoint.resume=never && \
 	  if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 4)'; then \

@@ -113,16 +113,16 @@ def adversarial(kind: str, x: Tensor, f: Tensor, parameters: list[Tensor]) -> tu
     return x, f, [phi, alpha, bias]
 
 
-def all_manifolds() -> dict[str, manifolds.Manifold]:
-    """One of each, with scalars that make every part count."""
+def all_manifolds(device: str = DEVICE) -> dict[str, manifolds.Manifold]:
+    """One of each, with scalars that make every part count; they are on `device`, as the streams must be."""
     return {
         "birkhoff": manifolds.Birkhoff(iterations=6),
         "isometric": manifolds.Isometric(condition=100.0),
         "hybrid": manifolds.Hybrid(
-            torch.tensor(0.3, device=DEVICE), manifolds.Birkhoff(iterations=3), manifolds.Isometric(condition=10.0)
+            torch.tensor(0.3, device=device), manifolds.Birkhoff(iterations=3), manifolds.Isometric(condition=10.0)
         ),
         "identity_offset": manifolds.IdentityOffset(),
-        "harmonized": manifolds.Harmonized(torch.tensor(0.6, device=DEVICE)),
+        "harmonized": manifolds.Harmonized(torch.tensor(0.6, device=device)),
     }
 
 

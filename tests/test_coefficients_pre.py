@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import ADVERSARIAL, TOLERANCE, adversarial, all_manifolds, backend, compare, make_inputs
+from kernel_cases import ADVERSARIAL, DEVICE, TOLERANCE, adversarial, all_manifolds, backend, compare, make_inputs
 
 from pipehc.kernels import coefficients, coefficients_pre, post_res, pre
 from pipehc.kernels.manifolds import Birkhoff, Harmonized
@@ -16,7 +16,7 @@ def operation(manifold):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_the_reference_in_fp64(kind):
-    manifold = all_manifolds()[kind]
+    manifold = all_manifolds("cpu")[kind]
     x, _, _, _, parameters = make_inputs(2, 2, 3, torch.float64, manifold.per_stream)
     leaves = [t.double().requires_grad_() for t in (x, *parameters)]
     assert torch.autograd.gradcheck(operation(manifold), leaves)
@@ -25,6 +25,7 @@ def test_gradients_of_the_reference_in_fp64(kind):
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_equals_the_two_operations(name):
     x, _, _, _, parameters = make_inputs(5, 3, 10, torch.float32)
+    x, *parameters = (t.to(DEVICE) for t in (x, *parameters))
     with backend(name):
         y, h_post, h_res = coefficients_pre(x, *parameters, manifold=Birkhoff(3))
         h_pre, h_post_2, h_res_2 = coefficients(x, *parameters, manifold=Birkhoff(3))

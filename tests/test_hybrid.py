@@ -3,7 +3,7 @@
 import loops
 import pytest
 import torch
-from kernel_cases import check_map, relative_error, run_map
+from kernel_cases import DEVICE, check_map, relative_error, run_map
 
 from pipehc.kernels.manifolds import Birkhoff, Hybrid, Isometric
 
@@ -27,7 +27,7 @@ def test_gradient_of_logits_and_lambda_in_fp64():
 
 
 def test_kernel():
-    share = torch.tensor(0.3, requires_grad=True)
+    share = torch.tensor(0.3, device=DEVICE, requires_grad=True)
     manifold = Hybrid(share, Birkhoff(3), Isometric(30.0))
     logits = logits_of(3, 20)
     check_map(manifold, logits, 2e-6, 1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import ADVERSARIAL, TOLERANCE, adversarial, all_manifolds, backend, compare, make_inputs
+from kernel_cases import ADVERSARIAL, DEVICE, TOLERANCE, adversarial, all_manifolds, backend, compare, make_inputs
 
 from pipehc.kernels import coefficients_pre, post_res, post_res_pre
 from pipehc.kernels.manifolds import Birkhoff, Harmonized
@@ -21,14 +21,14 @@ def arguments(tokens, n, channels, dtype, per_stream=False):
 
 @pytest.mark.parametrize("kind", ["birkhoff", "identity_offset"])
 def test_gradients_of_the_reference_in_fp64(kind):
-    manifold = all_manifolds()[kind]
+    manifold = all_manifolds("cpu")[kind]
     leaves = [t.double().requires_grad_() for t in arguments(2, 2, 3, torch.float64, manifold.per_stream)]
     assert torch.autograd.gradcheck(operation(manifold), leaves)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_equals_the_two_operations(name):
-    tensors = arguments(5, 3, 10, torch.float32)
+    tensors = [t.to(DEVICE) for t in arguments(5, 3, 10, torch.float32)]
     with backend(name):
         x_next, y, h_post, h_res = post_res_pre(*tensors, manifold=Birkhoff(3))
         want = post_res(*tensors[:4])

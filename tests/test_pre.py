@@ -3,7 +3,7 @@
 import loops
 import pytest
 import torch
-from kernel_cases import ADVERSARIAL, TOLERANCE, adversarial, backend, compare, make_inputs
+from kernel_cases import ADVERSARIAL, DEVICE, TOLERANCE, adversarial, backend, compare, make_inputs
 
 from pipehc.kernels import pre
 
@@ -38,8 +38,8 @@ def test_kernel_on_adversarial_inputs(case):
 
 
 def test_result_has_the_dtype_of_x_and_is_rounded_to_nearest():
-    x = torch.tensor([[[1.0, 3.0]]], dtype=torch.bfloat16)
-    h_pre = torch.tensor([[1.0 + 2**-8 + 2**-9]])  # between two bf16 numbers, nearer to the upper one
+    x = torch.tensor([[[1.0, 3.0]]], dtype=torch.bfloat16, device=DEVICE)
+    h_pre = torch.tensor([[1.0 + 2**-8 + 2**-9]], device=DEVICE)  # between two bf16 numbers, nearer to the upper one
     for name in ("reference", "triton"):
         with backend(name):
             y = pre(x, h_pre)
