@@ -103,16 +103,19 @@ def train(rank, arguments, fuse):
 OVERLAPPED = {"distributed_optimizer": True, "overlap_grad_reduce": True, "bucket_size": 20000}
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["grad", "main_grad"])
+DUALPIPE = {"schedule": "dualpipe", "pp": 2}
+
+
 @pytest.mark.parametrize(
-    ("processes", "arguments"),
+    ("processes", "arguments", "fuse"),
     [
-        (2, {"schedule": "dualpipe", "pp": 2}),
-        (1, {"schedule": last_forward_first(8)}),
-        pytest.param(2, {"schedule": "zbv", "pp": 2, "vpp": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"schedule": "dualpipe", "pp": 2, "ep": 2, **OVERLAPPED}, marks=pytest.mark.slow),
+        pytest.param(2, DUALPIPE, True, id="dualpipe"),
+        pytest.param(1, {"schedule": last_forward_first(8)}, True, id="reversed"),
+        pytest.param(2, DUALPIPE, False, id="dualpipe without fusion", marks=pytest.mark.slow),
+        pytest.param(2, {"schedule": "zbv", "pp": 2, "vpp": 2}, True, id="zbv", marks=pytest.mark.slow),
+        pytest.param(4, {**DUALPIPE, "ep": 2, **OVERLAPPED}, True, id="overlapped", marks=pytest.mark.slow),
+        pytest.param(4, {**DUALPIPE, "ep": 2, **OVERLAPPED}, False, id="overlapped without fusion", marks=pytest.mark.slow),
     ],
-    ids=["dualpipe", "reversed", "zbv", "dualpipe, overlapped reduction"],
 )
 def test_jobs_equal_those_of_local_layers(processes, arguments, fuse):
     for rank, (steps, said) in enumerate(run_ranks(train, processes, arguments, fuse, timeout=240)):
