@@ -12,8 +12,9 @@ Backend = Literal["triton", "reference"]
 MAX_STREAMS = 8
 """Largest number of streams the Triton kernels hold on chip; the reference takes any."""
 
-MAX_ROW = 2**27
-"""Numbers of one token, n*C, must be fewer: within a block of 16 tokens the kernels count in 32 bits. Tokens are not limited."""
+MAX_CHANNELS = 2**20
+"""Channels of a stream, at most: their tiles are counted in the second dimension of a grid, which ends at 65535, and the numbers of
+16 tokens and of phi in 32 bits. Tokens are not limited."""
 
 
 def backend_of(x: Tensor, streams: int) -> Backend:
@@ -25,11 +26,11 @@ def backend_of(x: Tensor, streams: int) -> Backend:
     forced = os.environ.get("PIPEHC_KERNELS", "")
     if forced not in ("", "triton", "reference"):
         raise ValueError(f"PIPEHC_KERNELS={forced!r}: must be 'triton' or 'reference'")
-    fits = streams <= MAX_STREAMS and x.element_size() <= 4 and x.shape[1] * x.shape[2] < MAX_ROW
+    fits = streams <= MAX_STREAMS and x.element_size() <= 4 and x.shape[2] <= MAX_CHANNELS
     if forced == "triton" and not fits:
         raise ValueError(
             f"PIPEHC_KERNELS=triton: n={streams} streams of {x.shape[2]} channels in {x.dtype}; "
-            f"the kernels take n <= {MAX_STREAMS} and n*C < {MAX_ROW} in fp32, bf16 or fp16"
+            f"the kernels take n <= {MAX_STREAMS} and C <= {MAX_CHANNELS} in fp32, bf16 or fp16"
         )
     if forced:
         return "triton" if forced == "triton" else "reference"

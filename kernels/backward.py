@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipehc.kernels.channel_sums import store_channel_sums
 from pipehc.kernels.forward import BLOCK_TOKENS, map_constants, scalar_of
-from pipehc.kernels.language import INTERPRETED, check_launchable, tl, triton
+from pipehc.kernels.language import INTERPRETED, launches, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.map_gradients import store_map_gradients
 from pipehc.kernels.parameter_gradients import parameter_sum_kernel, store_phi_share, store_small_share
@@ -170,6 +170,7 @@ def blocks_per_group(tokens: int) -> int:
     return max(1, triton.cdiv(triton.cdiv(tokens, BLOCK_TOKENS), MAX_GROUPS))
 
 
+@launches
 def launch_mapping_backward(
     x: Tensor,
     saved: dict[str, Tensor],
@@ -180,7 +181,6 @@ def launch_mapping_backward(
     fixed: Collection[str],
 ) -> Gradients:
     """Two launches. `saved` holds h_pre, h_post, h_res, product and inverse_rms of `launch_mapping`."""
-    check_launchable(x.device)
     tokens, n, channels = x.shape
     phi, alpha, bias = parameters
     columns = n * n + 2 * n

@@ -10,7 +10,7 @@ from torch import Tensor
 from pipehc.kernels.backend import backend_of
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.mapping import Mapping
-from pipehc.kernels.shapes import NORM_EPS, check_shape, check_streams, coefficient_dtype
+from pipehc.kernels.shapes import NORM_EPS, check_devices, check_shape, check_streams, coefficient_dtype
 
 MAPS = ("pre", "post", "res")
 
@@ -32,12 +32,14 @@ def coefficients(
 
 
 def check_coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manifold, fixed: Collection[str]) -> None:
-    """ValueError unless the shapes fit each other and `fixed` names maps."""
+    """ValueError unless shapes and devices fit each other and `fixed` names maps."""
     _, n, channels = check_streams(x)
     if not manifold.static:
         check_shape(phi, manifold.phi_shape(n, channels), "phi")
         check_shape(alpha, (3,), "alpha")
+        check_devices(x, phi=phi, alpha=alpha, scalar=manifold.scalar)
     check_shape(bias, (n * n + 2 * n,), "bias")
+    check_devices(x, bias=bias)
     unknown = sorted(set(fixed) - set(MAPS))
     if unknown:
         raise ValueError(f"fixed contains {unknown[0]!r}: must be among {', '.join(MAPS)}")
@@ -79,4 +81,5 @@ def _logits(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manif
     else:
         flat = x.flatten(1)
         product = (flat @ phi) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS)
-    return torch.addcmul(bias, product, alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device)))
+    # No tensor of counts for repeat_interleave: on a GPU that would wait for the device, and break a compiled graph.
+    return torch.addcmul(bias, product, torch.cat([alpha[:1].expand(n), alpha[1:2].expand(n), alpha[2:].expand(n * n)]))

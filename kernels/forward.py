@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipehc.kernels.language import INTERPRETED, check_launchable, tl, triton
+from pipehc.kernels.language import INTERPRETED, launches, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.maps import map_of
 from pipehc.kernels.matrices import store_matrix, store_vector
@@ -178,6 +178,7 @@ def mapping_kernel(
             store_rounded(y + t * C + c, out, inside)
 
 
+@launches
 def launch_mapping(
     x: Tensor,
     previous: tuple[Tensor, Tensor, Tensor] | None,
@@ -190,7 +191,6 @@ def launch_mapping(
 
     Returns h_pre, h_post, h_res, and as asked for y and x_next; and for backward product [T, n*n + 2n] and inverse_rms [T, 1 or n].
     """
-    check_launchable(x.device)
     tokens, n, channels = x.shape
     phi, alpha, bias = parameters
     f, h_post, h_res = previous if previous is not None else (None, None, None)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate
 
 import torch
+from torch import Tensor
 
 if os.environ.get("PIPEHC_KERNELS") == "triton" and not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -17,7 +21,7 @@ if os.environ.get("PIPEHC_KERNELS") == "triton" and not torch.cuda.is_available(
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "check_launchable", "tl", "triton"]
+__all__ = ["INTERPRETED", "launches", "tl", "triton"]
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """True when kernels run in Triton's interpreter: on the CPU, slowly, for tests and for counting traffic."""
@@ -28,9 +32,20 @@ if INTERPRETED:
     repair()
 
 
-def check_launchable(device: torch.device) -> None:
-    """ValueError if kernels cannot run on tensors of this device."""
-    if device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            "PIPEHC_KERNELS=triton on CPU tensors: Triton was loaded for a GPU before; set TRITON_INTERPRET=1 in the environment"
-        )
+def launches[**P, R](function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Decorator of what launches kernels on its first argument: Triton launches on the current device; that is made the tensor's.
+
+    The function raises ValueError if kernels cannot run on tensors of this device.
+    """
+
+    @wraps(function)
+    def on_its_device(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        if x.device.type == "cpu" and not INTERPRETED:
+            raise ValueError(
+                "PIPEHC_KERNELS=triton on CPU tensors: Triton was loaded for a GPU before; "
+                "set TRITON_INTERPRET=1 in the environment"
+            )
+        with torch.cuda.device_of(x):  # does nothing for CPU tensors
+            return function(x, *args, **kwargs)
+
+    return on_its_device

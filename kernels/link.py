@@ -7,15 +7,16 @@ gradient of x' and f, and returns nothing for x, H_post and H_res. That saves re
 gradient of x.
 
 The pair is found by a `Link` on the coefficient tensors. It is used only if post_res gets exactly the x, H_post and H_res of that
-operation, once, in one autograd graph, and neither coefficient has hooks or retains its gradient; otherwise post_res computes all
-of its gradients. What a link takes away: `torch.autograd.grad(loss, h_res)` finds no gradient there. Pass `h_res.view_as(h_res)`
-to post_res to get it.
+operation, once, unchanged, in one autograd graph and on one CUDA stream, and neither coefficient has hooks or retains its gradient;
+otherwise post_res computes all of its gradients. What a link takes away: `torch.autograd.grad(loss, h_res)` finds no gradient
+there. Pass `h_res.view_as(h_res)` to post_res to get it.
 """
 
 from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import Tensor
 
 _ATTRIBUTE = "_pipehc_link"
@@ -26,7 +27,7 @@ class Link:
 
     def __init__(self, x: Tensor) -> None:
         self._source = weakref.ref(_root(x))
-        self._layout = (x.storage_offset(), x.shape, x.stride(), x.requires_grad)
+        self._state = _state(x)
         self._x = weakref.ref(x)
         self._claimed = False
         self._delivery: tuple[Tensor, Tensor] | None = None
@@ -49,7 +50,7 @@ class Link:
     def _accepts(self, x: Tensor) -> bool:
         # A detached copy shares the storage but not the graph: it is a leaf, or has another root.
         same = x is self._x() or (x.grad_fn is not None and self._source() is _root(x))
-        return same and self._layout == (x.storage_offset(), x.shape, x.stride(), x.requires_grad)
+        return same and self._state == _state(x)
 
 
 def claim(x: Tensor, h_post: Tensor, h_res: Tensor) -> Link | None:
@@ -71,3 +72,14 @@ def _link_of(h: Tensor) -> Link | None:
 def _root(x: Tensor) -> Tensor:
     """The tensor that a chain of views starts from."""
     return x._base if x._is_view() and x._base is not None else x
+
+
+def _state(x: Tensor) -> tuple[object, ...]:
+    """What must be the same in both operations, of x and around it."""
+    return x.storage_offset(), x.shape, x.stride(), x.requires_grad, x._version, _stream(x)
+
+
+def _stream(x: Tensor) -> torch.cuda.Stream | None:
+    """The stream that a backward will run on too. For gradients that it passes on itself, autograd orders streams and keeps memory
+    from being used again too early; what a link delivers is none of these."""
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipehc.kernels.backend import backend_of
-from pipehc.kernels.language import check_launchable, tl, triton
+from pipehc.kernels.language import launches, tl, triton
 from pipehc.kernels.link import Link, claim
 from pipehc.kernels.pre import launch_pre
-from pipehc.kernels.shapes import check_shape, check_streams, coefficient_dtype
+from pipehc.kernels.shapes import check_devices, check_shape, check_streams, coefficient_dtype
 from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
 
 
@@ -32,11 +32,12 @@ def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
 
 
 def check_post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> None:
-    """ValueError unless the shapes fit each other."""
+    """ValueError unless shapes and devices fit each other."""
     tokens, n, channels = check_streams(x)
     check_shape(f, (tokens, channels), "f")
     check_shape(h_post, (tokens, n), "h_post")
     check_shape(h_res, (tokens, n, n), "h_res")
+    check_devices(x, f=f, h_post=h_post, h_res=h_res)
 
 
 def post_res_reference(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -101,6 +102,7 @@ def post_res_backward_kernel(
             tl.store(d_res + t * (n * n) + i * n + j, tl.sum(res_sums[j * n + i], 1, keep_dims=True), mask=tokens)
 
 
+@launches
 def launch_post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """x' in one launch; all contiguous, coefficients in fp32, f in the dtype of x."""
     tokens, n, channels = x.shape
@@ -112,6 +114,7 @@ def launch_post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tens
     return x_next
 
 
+@launches
 def launch_post_res_backward(
     d_x_next: Tensor, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -128,7 +131,6 @@ def launch_post_res_backward(
 class _PostRes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, link: Link | None) -> Tensor:
-        check_launchable(x.device)
         ctx.dtypes, ctx.link = (f.dtype, h_post.dtype, h_res.dtype), link
         x, f, h_post, h_res = x.contiguous(), f.to(x.dtype).contiguous(), h_post.float().contiguous(), h_res.float().contiguous()
         # A link leaves x and H_res to the operation it is linked to.

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipehc.kernels.backend import backend_of
-from pipehc.kernels.language import check_launchable, tl, triton
-from pipehc.kernels.shapes import check_shape, check_streams, coefficient_dtype
+from pipehc.kernels.language import launches, tl, triton
+from pipehc.kernels.shapes import check_devices, check_shape, check_streams, coefficient_dtype
 from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
 
 
@@ -19,6 +19,7 @@ def pre(x: Tensor, h_pre: Tensor) -> Tensor:
     """y [T, C] in the dtype of x: the sum of streams x [T, n, C] with weights h_pre [T, n], summed in fp32."""
     tokens, n, _ = check_streams(x)
     check_shape(h_pre, (tokens, n), "h_pre")
+    check_devices(x, h_pre=h_pre)
     if backend_of(x, n) == "reference":
         return pre_reference(x, h_pre)
     y: Tensor = _Pre.apply(x, h_pre)
@@ -65,6 +66,7 @@ def pre_backward_kernel(x, h_pre, d_y, d_x, d_pre, T, C, n: tl.constexpr, BT: tl
         tl.store(d_pre + t * n + j, tl.sum(sums[j], 1, keep_dims=True), mask=tokens)
 
 
+@launches
 def launch_pre(x: Tensor, h_pre: Tensor) -> Tensor:
     """y in one launch; x [T, n, C] and h_pre [T, n] (fp32) contiguous. Also the gradient of f, from d_x' and H_post."""
     tokens, n, channels = x.shape
@@ -76,6 +78,7 @@ def launch_pre(x: Tensor, h_pre: Tensor) -> Tensor:
     return y
 
 
+@launches
 def launch_pre_backward(x: Tensor, h_pre: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and H_pre in one launch; all contiguous, coefficients in fp32."""
     tokens, n, channels = x.shape
@@ -90,7 +93,6 @@ def launch_pre_backward(x: Tensor, h_pre: Tensor, d_y: Tensor) -> tuple[Tensor, 
 class _Pre(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, h_pre: Tensor) -> Tensor:
-        check_launchable(x.device)
         ctx.dtype_of_weights = h_pre.dtype
         x, h_pre = x.contiguous(), h_pre.float().contiguous()
         ctx.save_for_backward(x, h_pre)

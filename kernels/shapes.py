@@ -29,3 +29,10 @@ def check_shape(value: Tensor, shape: tuple[int, ...], name: str) -> None:
 def coefficient_dtype(*tensors: Tensor) -> torch.dtype:
     """fp64 when every tensor is fp64, else fp32: the dtype of coefficients and of all sums over channels."""
     return torch.float64 if all(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """ValueError unless the others, where they are not None, are on the device of x."""
+    for name, value in others.items():
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}: must be on {x.device}, like x")

@@ -31,8 +31,7 @@ def run(kernel, *arguments, grid, warmup, **named):
     _, specialization, options = bind(*arguments, **named)
     found[kernel.fn.__name__].add(repr([specialization, options]))
 JITFunction.run = run
-for module in ("forward", "backward", "pre", "post_res"):
-    __import__(f"pipehc.kernels.{module}", fromlist=["x"]).check_launchable = lambda device: None
+language.INTERPRETED = True  # the tensors are on the CPU
 
 n, c = 4, 24
 def leaf(*shape):

@@ -6,6 +6,7 @@ import torch
 from kernel_cases import ADVERSARIAL, DEVICE, TOLERANCE, adversarial, backend, compare, make_inputs, relative_error
 
 from pipehc.kernels import coefficients_pre, post_res
+from pipehc.kernels.link import claim
 from pipehc.kernels.manifolds import Birkhoff
 
 
@@ -162,6 +163,21 @@ def test_gradient_by_coefficients_alone_is_an_error_or_right_never_wrong():
     total = loss(view)
     (grad,) = torch.autograd.grad(total, kept["h_res"])
     assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("change", ["nothing", "stream", "x"])
+def test_nothing_is_handed_on_between_streams_or_when_x_has_changed(change, monkeypatch):
+    stream = "compute"
+    monkeypatch.setattr("pipehc.kernels.link._stream", lambda x: stream)
+    leaf, _, _, _, parameters = make_inputs(5, 3, 10, torch.float32)
+    x = leaf.to(DEVICE).requires_grad_() * 1.0
+    with backend("triton"):
+        _, h_post, h_res = coefficients_pre(x, *(p.to(DEVICE) for p in parameters), manifold=Birkhoff(2))
+    if change == "stream":
+        stream = "high"
+    if change == "x":
+        x.mul_(2.0)
+    assert (claim(x, h_post, h_res) is None) == (change != "nothing")
 
 
 def test_no_gradients_wanted():

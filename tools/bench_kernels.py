@@ -61,7 +61,7 @@ def candidates() -> dict[str, tuple[str, Callable[..., Tensor]]]:
     found = {
         "triton": ("triton", sublayer),
         "eager": ("reference", sublayer),
-        "torch.compile": ("reference", torch.compile(sublayer)),
+        "torch.compile": ("reference", torch.compile(sublayer, dynamic=False)),
     }
     if importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec("liger_kernel.ops.mhc") is not None:
         from liger_kernel.transformers.functional import liger_mhc_coeffs, liger_mhc_post_res, liger_mhc_pre
