@@ -81,5 +81,4 @@ def _logits(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manif
     else:
         flat = x.flatten(1)
         product = (flat @ phi) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS)
-    # No tensor of counts for repeat_interleave: on a GPU that would wait for the device, and break a compiled graph.
-    return torch.addcmul(bias, product, torch.cat([alpha[:1].expand(n), alpha[1:2].expand(n), alpha[2:].expand(n * n)]))
+    return torch.addcmul(bias, product, alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device)))
