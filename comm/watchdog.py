@@ -132,18 +132,19 @@ class Watchdog:
 
     def _on_device(self) -> list[str]:
         """What the device waits for; notes its progress."""
-        if self._mailbox is None:
-            return []
-        come_through, unfinished = self._mailbox.on_device()
+        come_through, unfinished = self._device_waits()
         if come_through != self._come_through:
             self._come_through, self._last = come_through, time.monotonic()
         return unfinished
+
+    def _device_waits(self) -> tuple[int, list[str]]:
+        return self._mailbox.on_device() if self._mailbox is not None else (0, [])
 
     def _waiting(self) -> str:
         waiting = self._mailbox.waiting if self._mailbox is not None else None
         if waiting is not None:
             return waiting.what
-        unfinished = self._mailbox.on_device()[1] if self._mailbox is not None else []
+        _, unfinished = self._device_waits()
         device = f"; not finished on the device: {'; '.join(unfinished[:NAMED])}" if unfinished else ""
         if self._current is not None:
             return f"at {_describe(self._current)}{device}"

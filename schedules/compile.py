@@ -62,13 +62,15 @@ def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: b
     """Waits, runs and sends of one rank. The forward half of a pair sends before its backward half waits."""
     row: list[_Placed] = []
     recomputed = {action for action in flatten(schedule.rows[rank]) if action.kind == "R"}
-    special: ComputeQueue = "high" if high else "compute"
+    last = schedule.placement.stages - 1
 
     def lower(cell: int, action: Action, pair: int | None) -> None:
         def add(instruction: Instruction) -> None:
             row.append(_Placed(cell, instruction))
 
         backward = action.kind in "BI"
+        # On the last stage the loss comes between the last FFN's forward and its backward.
+        special: ComputeQueue = "high" if high and action.stage != last else "compute"
         if recompute and backward and (again := action._replace(kind="R")) not in recomputed:
             add(Run(again, pair))
         if (message := incoming(schedule, action)) is not None:
@@ -76,8 +78,6 @@ def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: b
         out = outgoing(schedule, action)
         split = split_backward and action.kind == "B" and out is not None
         entry, exit = (special if backward else "compute"), (special if action.kind == "F" else "compute")
-        if action.stage + 1 == schedule.placement.stages:
-            entry = exit = "compute"  # after its last FFN comes the loss
         add(Run(action._replace(kind="I") if split else action, pair, entry, exit))  # type: ignore[arg-type]
         if out is not None:
             add(Send(out))

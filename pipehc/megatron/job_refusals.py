@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from pipehc.megatron.refusals import refuse_options, refuse_placement, refuse_tied
+from pipehc.megatron.refusals import refuse_options, refuse_placement, refuse_tied, refuse_values
 from pipehc.megatron.source import ScheduleSource
 from pipehc.megatron.versions import refuse_optimizer
 from pipehc.schedules import ScheduleError
@@ -48,11 +48,8 @@ def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: An
     refuse_placement(placement, args.virtual_pipeline_model_parallel_size)
     ours = source.name != "megatron"
     replicated = placement.lanes == 2
-    tables = [ALWAYS, *([SCHEDULED] if ours else []), *([REPLICATED] if replicated else [])]
-    for name, (fine, remedy) in (item for table in tables for item in table.items()):
-        value = getattr(args, name, None)
-        if value not in fine:
-            raise ValueError(f"{name} = {value!r}: not supported by pipehc.megatron with schedule {source.name}; {remedy}")
+    for table in (ALWAYS, *([SCHEDULED] if ours else []), *([REPLICATED] if replicated else [])):
+        refuse_values(args, table, f"pipehc.megatron with schedule {source.name}")
     if ours:
         refuse_options(args)
     if ours and not getattr(args, "untie_embeddings_and_output_weights", True):

@@ -19,7 +19,7 @@ from torch import nn
 
 from pipehc.megatron.mirror import count_once, equalize, gradient_groups
 from pipehc.megatron.position import acting_at, held_stages, megatron_place
-from pipehc.megatron.refusals import raise_everywhere, refuse_ddp_options, refuse_model, refuse_options, refuse_placement
+from pipehc.megatron.refusals import DDP_OPTIONS, refuse_model, refuse_options, refuse_placement, refuse_values, refusing_everywhere
 from pipehc.megatron.source import source_of
 from pipehc.megatron.spec import Residual, hyper_connection_layer_spec, residual_settings
 from pipehc.schedules import Placement
@@ -57,13 +57,8 @@ def build_chunks(
     refuse_placement(placement, parallel_state.get_virtual_pipeline_model_parallel_world_size())
     held = held_stages(placement, parallel_state.get_pipeline_model_parallel_group().rank())
     settings = None if residual is None else residual_settings(residual)
-    chunks: list[nn.Module] = []
-    problem = None
-    try:
+    with refusing_everywhere():
         chunks = _build(model_provider, placement, held, settings, ours, provider_arguments)
-    except ValueError as error:
-        problem = str(error)
-    raise_everywhere(problem)
     if placement.lanes == 2:
         equalize(chunks, held)
     return chunks
@@ -110,7 +105,7 @@ def wrap_model_chunks(
     Build the optimizer inside `gradient_groups_of` too. schedule, search: as for `build_model_chunks`. Raises ValueError for FSDP
     and several optimizer instances.
     """
-    refuse_ddp_options(ddp_config)
+    refuse_values(ddp_config, DDP_OPTIONS, "wrap_model_chunks")
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     placement = source_of(schedule, search).placement(pipeline.size())
     held = held_stages(placement, pipeline.rank())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -53,8 +54,14 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
 }
 
 
-def raise_everywhere(problem: str | None) -> None:
-    """ValueError with the first rank's problem, on every rank, if any rank has one. Collective."""
+@contextmanager
+def refusing_everywhere() -> Iterator[None]:
+    """A ValueError raised inside, on any rank, is raised on every rank at the end: the first rank's. Collective."""
+    problem = None
+    try:
+        yield
+    except ValueError as error:
+        problem = str(error)
     if (found := first_problem(problem)) is not None:
         raise ValueError(found)
 
@@ -75,12 +82,12 @@ DDP_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def refuse_ddp_options(ddp_config: Any) -> None:
-    """ValueError for what `wrap_model_chunks` does not do."""
-    for name, (fine, remedy) in DDP_OPTIONS.items():
-        value = getattr(ddp_config, name, None)
+def refuse_values(owner: Any, table: Mapping[str, tuple[tuple[Any, ...], str]], by: str) -> None:
+    """ValueError for the first option in `table`, name -> (values that are fine, remedy), that `by` does not support."""
+    for name, (fine, remedy) in table.items():
+        value = getattr(owner, name, None)
         if value not in fine:
-            raise ValueError(f"{name} = {value!r}: not supported by wrap_model_chunks; {remedy}")
+            raise ValueError(f"{name} = {value!r}: not supported by {by}; {remedy}")
 
 
 def refuse_call(config: Any, adjust_tensor_shapes_fn: Any, p2p_communicator: Any) -> None:
@@ -109,7 +116,7 @@ def refuse_model(model: Any, placement: Placement) -> None:
 def refuse_places(
     chunks: Sequence[Any], held: Sequence[tuple[int, int]], placement: Placement, pipeline: dist.ProcessGroup
 ) -> None:
-    """ValueError on every rank unless the chunks hold, stage by stage, the layers of the whole model in their order. Collective.
+    """ValueError unless the chunks hold, stage by stage, the layers of the whole model in their order. Collective over `pipeline`.
 
     held: the (lane, stage) that each chunk of this rank is to run as.
     """
@@ -117,18 +124,16 @@ def refuse_places(
     everyone: list[dict[tuple[int, int], list[int]]] = [{} for _ in range(pipeline.size())]
     dist.all_gather_object(everyone, own, group=pipeline)
     layers = {place: numbers for found in everyone for place, numbers in found.items()}
-    problem = None
     for lane in range(placement.lanes):
         following = 1
         for stage in range(placement.stages):
             numbers = layers[lane, stage]
-            if problem is None and numbers != list(range(following, following + len(numbers))):
-                problem = (
+            if numbers != list(range(following, following + len(numbers))):
+                raise ValueError(
                     f"model: the chunk that runs as stage {stage} has layers {numbers}, it must begin with layer {following}: the "
                     "chunks are not those of the schedule's placement; build them with pipehc.megatron.build_model_chunks"
                 )
             following += len(numbers)
-    raise_everywhere(problem)
 
 
 def refuse_unmirrored(chunks: Sequence[Any]) -> None:

@@ -33,7 +33,7 @@ from pipehc.megatron.grad_sync import early_reduction, reduces_early, refuse_par
 from pipehc.megatron.hang import HangReport
 from pipehc.megatron.mirror import mirrored_groups
 from pipehc.megatron.position import exchanged, held_stages, megatron_place
-from pipehc.megatron.refusals import raise_everywhere, refuse_call, refuse_model, refuse_places, refuse_unmirrored
+from pipehc.megatron.refusals import refuse_call, refuse_model, refuse_places, refuse_unmirrored, refusing_everywhere
 from pipehc.megatron.source import ScheduleSource, source_of
 from pipehc.megatron.tracing import Tracing
 from pipehc.megatron.versions import default_groups
@@ -119,6 +119,7 @@ class ForwardBackward:
         self._programs: dict[tuple[int, bool], Program] = {}
         self._groups: dict[Edge, dist.ProcessGroup] = {}
         self._pipelines: list[list[int]] = []
+        self._neighbours: list[int] = []
         self._mailboxes: dict[tuple, Mailbox] = {}
 
     def __call__(
@@ -236,15 +237,11 @@ class ForwardBackward:
         new = [chunk for chunk in chunks if chunk not in self._chains]
         if not new:
             return
-        problem = None
-        try:
+        with refusing_everywhere():
             for chunk in new:
                 refuse_model(unwrap_model(chunk), placement)
-        except ValueError as error:
-            problem = str(error)
-        raise_everywhere(problem)
-        refuse_places(chunks, held, placement, parallel_state.get_pipeline_model_parallel_group())
-        try:
+        with refusing_everywhere():
+            refuse_places(chunks, held, placement, parallel_state.get_pipeline_model_parallel_group())
             for chunk in new:
                 self._chains[chunk] = decoder_chain(unwrap_model(chunk).decoder, self._block)
                 self._device = next(chunk.parameters()).device
@@ -256,9 +253,6 @@ class ForwardBackward:
                     if hasattr(wrapper, "pg_collection"):
                         # Float16Module asks it whether this is the last stage; without it, it asks as `acting_at` lets it.
                         wrapper.pg_collection = None  # type: ignore[assignment]
-        except ValueError as error:
-            problem = str(error)
-        raise_everywhere(problem)
 
     @cached_property
     def _queues(self) -> Any:
@@ -284,19 +278,19 @@ class ForwardBackward:
         return self._mailboxes[shape, dtype]
 
     def _connect(self, placement: Placement, facts: Mapping[str, object]) -> None:
-        """Compares `facts` with the neighbours, then makes the groups of stage messages, of all pipelines in both directions."""
-        new = not self._pipelines
-        if new:
-            own = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-            everyone: list[list[int]] = [[]] * dist.get_world_size()
-            dist.all_gather_object(everyone, own)
-            self._pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
+        """Compares `facts` with the neighbours, and the first time then makes the groups of stage messages, of all pipelines in
+        both directions."""
+        if self._pipelines:
+            compare_neighbours(facts, self._neighbours)
+            return
+        own = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        everyone: list[list[int]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        self._pipelines = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
         there = {(a, b) for lane in placement.table for a, b in pairwise(lane) if a != b}
         edges = sorted(there | {(b, a) for a, b in there})
         self._neighbours = neighbours_of(dist.get_rank(), self._pipelines, edges)
         compare_neighbours(facts, self._neighbours)
-        if not new:
-            return
         self._groups = edge_groups(self._pipelines, edges, self._hang.timeout_s, self._device)
         connect(self._groups, self._device)
         if dist.get_rank() == 0:
