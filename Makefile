@@ -26,11 +26,11 @@ test-all: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
-# The type checker cannot follow package-dir, so it sees the import tree as links: build/types/pipehc/{schedules,comm,...}.
-	rm -rf build/types && mkdir -p build/types/pipehc
-	ln -s $(CURDIR)/pipehc/* build/types/pipehc/
-	ln -s $(addprefix $(CURDIR)/,schedules comm kernels recompute) build/types/pipehc/
-	MYPYPATH=build/types $(BIN)/mypy -p pipehc
+# Type checker and import linter cannot follow package-dir, so they see a copy of the import tree: pipehc/{schedules,comm,...}.
+	rm -rf build/imports && mkdir -p build/imports
+	cp -r pipehc build/imports/ && cp -r schedules comm kernels recompute build/imports/pipehc/
+	MYPYPATH=build/imports $(BIN)/mypy -p pipehc
+	cd build/imports && $(CURDIR)/$(BIN)/lint-imports --no-cache --no-logo ../../pyproject.toml
 
 # Counted traffic and compiled resources of the kernels, their times on a GPU, schedulers over sleeping stages, searched schedules.
 bench: $(READY)
@@ -39,8 +39,8 @@ bench: $(READY)
 	$(BIN)/python tools/bench_schedules.py $(if $(filter 0,$(shell id -u)),--realtime)
 	$(BIN)/python tools/auto_table.py
 
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,coefficients pre coefficients_pre post_res post_res_pre birkhoff isometric hybrid \
-	identity_offset harmonized hyper_connection tiles)
+KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,coefficients pre coefficients_pre post_res post_res_pre birkhoff isometric \
+	hybrid identity_offset harmonized tiles) tests/model/test_hyper_connection.py
 gpu-check: $(READY)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS) && \

@@ -14,10 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipehc import parameters
-from pipehc.activations import planned
-from pipehc.config import Config, add_config_arguments, check_world_size, run_with_config
-from pipehc.plan_notes import human, live_microbatches, mebibytes, notes
+from pipehc.config.loading import add_config_arguments, check_world_size, run_with_config
+from pipehc.config.schema import Config
+from pipehc.planning import parameters
+from pipehc.planning.activations import planned
+from pipehc.planning.notes import human, live_microbatches, mebibytes, notes
 
 
 def plan(config: Config) -> dict[str, Any]:

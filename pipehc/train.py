@@ -25,19 +25,21 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 import torch.distributed as dist
 
-from pipehc import parameters
-from pipehc.activations import as_metrics, describe
-from pipehc.checkpoint import Checkpoints
+from pipehc.checkpoint.store import Checkpoints
 from pipehc.comm.environment import overlap_warnings, set_gpu_defaults
 from pipehc.comm.groups import NCCL_LIMIT_S
 from pipehc.comm.messages import PeerError, first_line
+from pipehc.comm.once import say_once
+from pipehc.comm.ranks import RankError, Ranks
 from pipehc.comm.watchdog import Watchdog, stopped_siblings
-from pipehc.config import Config, ConfigError, add_config_arguments, check_data, check_world_size, run_with_config, to_yaml
-from pipehc.data import Sampler, Splits, open_splits
-from pipehc.metrics import METRICS, Reporter
-from pipehc.once import say_once
-from pipehc.ranks import RankError, Ranks
-from pipehc.run_folder import RunFolder, set_aside
+from pipehc.config.loading import add_config_arguments, check_data, check_world_size, run_with_config, to_yaml
+from pipehc.config.schema import Config
+from pipehc.config.strict_yaml import ConfigError
+from pipehc.data.batches import Sampler, Splits, open_splits
+from pipehc.planning import parameters
+from pipehc.planning.activations import as_metrics, describe
+from pipehc.watch.metrics import METRICS, Reporter
+from pipehc.watch.run_folder import RunFolder, set_aside
 
 if TYPE_CHECKING:
     from pipehc.trainer import Trainer
@@ -120,8 +122,8 @@ def _quiet_libraries() -> None:
 def train(config: Config, progress: Progress) -> None:
     """The training loop of one process."""
     # Megatron takes seconds to import: a wrong configuration should not have to wait for it.
-    from pipehc.trace import Markers, traced
     from pipehc.trainer import Trainer, TrainingError
+    from pipehc.watch.trace import Markers
 
     launcher = _launcher()
     ranks, train = Ranks(), config.train
@@ -165,7 +167,7 @@ def train(config: Config, progress: Progress) -> None:
             if _launcher() != launcher:
                 raise TrainingError("torchrun is gone, and with it whoever could stop or restart this training")
             began = time.perf_counter()
-            with watchdog.limited(progress.doing), traced(trainer, step, folder / "trace"):
+            with watchdog.limited(progress.doing), trainer.recorded(step, folder / "trace"):
                 result = trainer.step(step, splits.train, sampler)
             tokens_per_s = train.global_batch * train.sequence_length / (time.perf_counter() - began)
             more = {} if result.gain is None else {"gain": result.gain}

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipehc.activations import Activations
 from pipehc.comm.groups import edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import join, make_queues
-from pipehc.config import Config, ConfigError
-from pipehc.data import Sampler, Split, batch
-from pipehc.gain import CompositeGain, GainFeedback
+from pipehc.config.schema import Config
+from pipehc.config.stages import build_schedule
+from pipehc.config.strict_yaml import ConfigError
+from pipehc.data.batches import Sampler, Split, batch
 from pipehc.learning_rate import learning_rate
-from pipehc.megatron.groups import build_groups
-from pipehc.megatron.model import DTYPES, build_stage, initialise, parameter_names
-from pipehc.megatron.optimizer import build_optimizer
+from pipehc.megatron.trainer.groups import build_groups
+from pipehc.megatron.trainer.model import DTYPES, build_stage, initialise, parameter_names
+from pipehc.megatron.trainer.optimizer import build_optimizer
+from pipehc.model.gain import CompositeGain, GainFeedback
+from pipehc.model.reduction import EarlyReduction
+from pipehc.model.stage import ModelStage
+from pipehc.planning.activations import Activations
 from pipehc.recompute import SavedBytes
-from pipehc.reduction import EarlyReduction
 from pipehc.schedules import Program, Schedule, compile
 from pipehc.schedules.execute import Observer, execute
-from pipehc.stage import ModelStage
-from pipehc.stages import build_schedule
-from pipehc.trace import node_watch
+from pipehc.watch.trace import Recorder, node_watch, save_step
 
 
 class TrainingError(RuntimeError):
@@ -208,6 +211,23 @@ class Trainer:
             own = None if finite else f"the loss of step {step} is {float(total)}; no weight was changed"
             raise TrainingError(first_problem(own))
         return float(everywhere[0]) / tokens_in_all
+
+    @contextmanager
+    def recorded(self, step: int, folder: Path) -> Iterator[None]:
+        """Records the training step in this block if `trace.steps` asks for it: a file in `folder`. Collective over the world."""
+        between, rank = self.config.trace.steps, self.groups.pp_rank
+        if between is None or not between[0] <= step <= between[1]:
+            yield
+            return
+        recorder = Recorder(rank, self.device, self.queues)
+        self.observers.append(recorder)
+        try:
+            with recorder.attached(self.mailbox):
+                yield
+        finally:
+            self.observers.remove(recorder)
+        pipeline = dist.get_rank() % (dist.get_world_size() // self.config.parallel.pp)
+        save_step(recorder, self.train_program, step, folder, (pipeline, rank), recompute=self.config.recompute.enabled)
 
     def _expect_last(self, held: tuple[int, int]) -> None:
         join(self.queues)  # gradients of hyper-connections come from other queues

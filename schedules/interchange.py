@@ -12,13 +12,9 @@ from __future__ import annotations
 import csv
 import re
 from os import PathLike
-from typing import TYPE_CHECKING
 
 from pipehc.schedules.actions import Cell, flatten, parse
 from pipehc.schedules.placement import Placement, infer
-
-if TYPE_CHECKING:
-    from pipehc.schedules.schedule import Schedule
 
 Rows = tuple[tuple[Cell, ...], ...]
 
@@ -66,15 +62,3 @@ def placement_of(rows: Rows, path: str | PathLike[str]) -> Placement:
     if idle:
         raise ValueError(f"{path}, line {idle[0] + 1}: rank {idle[0]} has no action")
     return infer(tuple(tuple(where[lane, stage] for stage in range(stages)) for lane in range(lanes)))
-
-
-def to_torch_csv(schedule: Schedule, path: str | PathLike[str]) -> None:
-    """Writes a schedule for `_PipelineScheduleRuntime._load_csv(path, format="compute_only")`. R is left out: torch has none.
-
-    Raises ValueError for what that runtime cannot run: two lanes, or forwards only (there `schedule.eval` is what torch offers).
-    """
-    if schedule.placement.lanes > 1:
-        raise ValueError(f"{schedule.name}: has {schedule.placement.lanes} lanes; torch.distributed.pipelining runs one")
-    if schedule.forward_only:
-        raise ValueError(f"{schedule.name}: is forward-only; torch.distributed.pipelining wants every backward")
-    write_rows(tuple(tuple(c for c in row if c[0] != "R") for row in schedule.rows), path)

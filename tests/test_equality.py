@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
-from pipehc.config import load_config
 from processes import run_ranks
+
+from pipehc.config.loading import load_config
 
 TINY = """
 model: {vocab_size: 256, hidden_size: 32, blocks: 8, dense_blocks: 1, heads: 2, head_dim: 12, rope_dim: 6, kv_rank: 16,
@@ -36,7 +36,7 @@ class RandomSplit:
 
 def one_step(rank, path, overrides):
     """Evaluation loss, loss, gradient norm, evaluation loss after the update, this rank's gradients and expert biases."""
-    from pipehc.data import Sampler
+    from pipehc.data.batches import Sampler
     from pipehc.trainer import Trainer
 
     split = RandomSplit()

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipehc import parameters
-from pipehc.config import Config, load_config
+from pipehc.config.loading import load_config
+from pipehc.config.schema import Config
 from pipehc.plan import main, plan
-from pipehc.plan_notes import human, live_microbatches
+from pipehc.planning import parameters
+from pipehc.planning.notes import human, live_microbatches
 from pipehc.schedules import build
 
 ROOT = Path(__file__).parents[1]

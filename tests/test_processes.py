@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-
 from processes import run_ranks
 
 

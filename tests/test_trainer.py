@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from processes import run_ranks
 from tiny_model import tiny_config
 
-from pipehc.config import ConfigError
-from pipehc.data import Sampler
+from pipehc.config.strict_yaml import ConfigError
+from pipehc.data.batches import Sampler
 from pipehc.learning_rate import learning_rate
-from pipehc.megatron.model import buffer_names, parameter_names
-from processes import run_ranks
+from pipehc.megatron.trainer.model import buffer_names, parameter_names
 
 SAMPLES, STEP = 23, 3  # the third step of eight samples crosses the end of the first epoch
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipehc.megatron.data import write_indexed
-from pipehc.text import read_documents
-from pipehc.tokenizer import open_tokenizer
+from pipehc.data.text import read_documents
+from pipehc.data.tokenizer import open_tokenizer
+from pipehc.megatron.trainer.data import write_indexed
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 if not torch.cuda.is_available():
-    from pipehc.megatron import cpu_job  # only to try it without a GPU
+    from pipehc.megatron.job import cpu_job  # only to try it without a GPU
 
     cpu_job.install()
     cpu_job.allow_pretrain()

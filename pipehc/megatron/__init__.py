@@ -5,12 +5,12 @@ from typing import Any
 
 # Imported when they are asked for: Megatron takes seconds to import, and not all of this package needs it.
 _PLACES = {
-    "hyper_connection_layer_spec": "spec",
-    "forward_backward_func": "schedule",
-    "build_model_chunks": "model_chunks",
-    "wrap_model_chunks": "model_chunks",
-    "gradient_groups_of": "model_chunks",
-    "enable": "enabled",
+    "hyper_connection_layer_spec": "job.spec",
+    "forward_backward_func": "job.schedule",
+    "build_model_chunks": "job.model_chunks",
+    "wrap_model_chunks": "job.model_chunks",
+    "gradient_groups_of": "job.model_chunks",
+    "enable": "job.enable",
 }
 __all__ = list(_PLACES)
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipehc.hyper_connection import HyperConnection
-from pipehc.sublayers import Coefficients, Connection
+from pipehc.model.hyper_connection import HyperConnection
+from pipehc.model.sublayers import Coefficients, Connection
 
 
 class PlainConnection(nn.Module):

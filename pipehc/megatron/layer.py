@@ -9,10 +9,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor, unwrap_model
 from torch import nn
 
-from pipehc.hyper_connection import HyperConnection, contract, expand
 from pipehc.megatron.connection import build_connection
 from pipehc.megatron.nodes import LayerNodes, first_of
-from pipehc.sublayers import Sublayer
+from pipehc.model.hyper_connection import HyperConnection, contract, expand
+from pipehc.model.sublayers import Sublayer
 
 
 class HyperConnectionLayer(TransformerLayer):

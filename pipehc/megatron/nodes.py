@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from pipehc.comm.expert import Splits, start_all_to_all
-from pipehc.norm import rms_norm
+from pipehc.model.norm import rms_norm
+from pipehc.model.sublayers import CONTEXT, Connection, Sublayer
 from pipehc.recompute import Exchange, Piece
-from pipehc.sublayers import CONTEXT, Connection, Sublayer
 
 Context = Mapping[str, Any] | None
 """What Megatron's blocks give their layers beside the streams (attention_mask, rotary_pos_emb, padding_mask ...), by name."""

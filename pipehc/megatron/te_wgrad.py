@@ -1,4 +1,4 @@
-"""Deferred weight gradients (pipehc.wgrad) for TransformerEngine's linear layers, through TE's own delayed computation.
+"""Deferred weight gradients (pipehc.model.wgrad) for TransformerEngine's linear layers, through TE's own delayed computation.
 
 A TE layer has a `wgrad_store`. Where that is enabled, the backward puts what it takes to compute a weight gradient there, and
 `backward_dw` takes it out and computes it. Here every forward gets a store of its own, which hands `backward_dw` on to the store
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipehc.wgrad import WeightGradStore, open_store
+from pipehc.model.wgrad import WeightGradStore, open_store
 
 AccumulatorOf = Callable[[nn.Parameter], Callable[[torch.Tensor | None], None]]
 
@@ -26,7 +26,7 @@ def te_linear_layers(model: nn.Module) -> list[nn.Module]:
 def defer_te_layers(
     layers: Sequence[nn.Module], accumulator_of: AccumulatorOf, *, overlapped: bool
 ) -> tuple[set[nn.Parameter], Counter[str]]:
-    """Route the weight gradients of `layers` through `pipehc.wgrad` where TE can delay them.
+    """Route the weight gradients of `layers` through `pipehc.model.wgrad` where TE can delay them.
 
     overlapped: DDP starts reductions in the backward, and insists on a gradient for each parameter there.
 

@@ -1,5 +1,5 @@
-"""Deferred weight gradients (pipehc.wgrad) for the linear layers of Megatron's models: its local ones, which have none of their
-own, and TransformerEngine's."""
+"""Deferred weight gradients (pipehc.model.wgrad) for the linear layers of Megatron's models: its local ones, which have none
+of their own, and TransformerEngine's."""
 
 import warnings
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from torch import nn
 
 from pipehc.megatron.te_wgrad import defer_te_layers, te_linear_layers
 from pipehc.megatron.versions import weight_shards
-from pipehc.wgrad import Accumulate, Split, linear
+from pipehc.model.wgrad import Accumulate, Split, linear
 
 Landed = Callable[[nn.Parameter], None]
 
 
 def install_deferral(model: nn.Module, landed: Landed | None = None) -> set[nn.Parameter]:
-    """Route the weight gradients of every column- and row-parallel linear of `model` through `pipehc.wgrad`; call it once.
+    """Route the weight gradients of every column- and row-parallel linear of `model` through `pipehc.model.wgrad`; call it once.
 
     That is all projections of attention, dense FFN, routed and shared experts, and the output layer, with any tensor and sequence
     parallelism: what the layers exchange of activations and their gradients stays in forward and backward. The bias that a

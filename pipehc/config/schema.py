@@ -1,0 +1,321 @@
+"""The configuration as typed, frozen models: one class a section, and the checks that cross sections.
+
+`configs/cpu_demo.yaml` shows every key. Reading files and overrides is `loading`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from math import gcd
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from pipehc.config.stages import assign_blocks, placement_of
+from pipehc.schedules.placement import Placement
+
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Size = Annotated[int, Field(gt=0, le=10**12)]
+Rate = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]  # no shell expands a ~ inside YAML
+# YAML has lists only; tuples keep a configuration immutable.
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Texts = Annotated[tuple[Text, ...], AsTuple]
+Places = Annotated[tuple[Place, ...], AsTuple]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+DecayStep = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], Rate], AsTuple]
+
+MAX_BLOCKS = 10_000  # far above any model; a typing error must not build lists without end
+BYTES = {"fp32": 4, "bf16": 2}  # of one number in a stage message
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Sizes of the transformer. A block is attention and FFN; the first `dense_blocks` have a dense FFN, the rest experts."""
+
+    vocab_size: Size
+    hidden_size: Size
+    blocks: Annotated[int, Field(gt=0, le=MAX_BLOCKS)]
+    dense_blocks: Count
+    heads: Size
+    head_dim: Size
+    rope_dim: Size
+    rope_theta: Positive = 10000.0
+    kv_rank: Size
+    expert_ffn_size: Count = 0
+    dense_ffn_size: Size
+    experts: Count = 0
+    experts_active: Count = 0
+    experts_shared: Count = 0
+    bias_update_rate: Rate = 0.001
+    norm_eps: Positive = 1.0e-20
+    init_std: Positive = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_dense_ffn_size(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("dense_ffn_size") is None:
+            expert_size = data.get("expert_ffn_size")
+            if type(expert_size) is int and expert_size > 0:
+                return {**data, "dense_ffn_size": 8 * expert_size}
+        return data
+
+    @property
+    def moe_blocks(self) -> int:
+        return self.blocks - self.dense_blocks
+
+
+class ResidualConfig(Section):
+    """The residual connection: one stream, or a member of the hyper-connection family over `streams` of them."""
+
+    kind: Literal["none", "hc", "mhc", "isohc", "hybrid", "harmonized"]
+    streams: Annotated[int, Field(ge=1, le=8)] = 4
+    alpha: float = 0.01
+    sinkhorn_iterations: Size = 20
+    condition: Annotated[float, Field(ge=1)] = 1.0e4
+    static: bool = False
+    fixed: Annotated[tuple[Literal["pre", "post", "res"], ...], AsTuple] = ()
+    target_gain: Annotated[float, Field(ge=1)] = 5.0
+    gain_power: Positive = 1.0
+    smallest_s: Annotated[float, Field(gt=0, le=1)] = 0.05
+    exit: Literal["mean", "sum"] = "mean"
+
+    @property
+    def width(self) -> int:
+        """Streams that a token really has: 1 for the plain residual."""
+        return 1 if self.kind == "none" else self.streams
+
+
+class ParallelConfig(Section):
+    pp: Size = 1
+    tp: Size = 1
+    ep: Size = 1
+    dp: Size | None = None
+    blocks_per_stage: Annotated[tuple[Size, ...], AsTuple] | None = None
+
+
+class SearchConfig(Section):
+    """What schedule.name auto searches for: times of 1/pp of the model for one micro-batch, in any unit (see schedules.Costs)."""
+
+    placement: Literal["linear", "v", "bidirectional"] = "v"
+    f: Positive = 1.0
+    b: Positive = 1.0
+    w: Positive = 1.0
+    r: Annotated[float, Field(ge=0)] = 0.0
+    link: Annotated[float, Field(ge=0)] = 0.0
+    latency: Annotated[float, Field(ge=0)] = 0.0
+    max_live: Positive | None = None
+    time_limit: Positive = 10.0
+
+
+class ScheduleConfig(Section):
+    name: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv", "dualpipe", "dualpipev", "auto"] = "1f1b"
+    chunks: Size | None = None  # stages a rank, of interleaved
+
+
+class RecomputeConfig(Section):
+    enabled: bool = False
+    block: Size | None = None  # sub-layers; None: all of a stage
+
+
+class DataConfig(Section):
+    kind: Literal["text", "megatron"] = "text"
+    paths: Places = ()
+    suffixes: Texts = (".py", ".txt", ".md")
+    tokenizer: Place = "bytes"
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+
+
+class TrainConfig(Section):
+    steps: Size
+    sequence_length: Size
+    micro_batch: Size
+    global_batch: Size
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+
+
+class OptimizerConfig(Section):
+    lr: Positive
+    betas: Annotated[tuple[Beta, Beta], AsTuple] = (0.9, 0.95)
+    eps: Positive = 1.0e-20
+    weight_decay: Rate = 0.1
+    clip_grad: Rate = 1.0  # 0: no clipping
+    warmup_steps: Count = 0
+    decay: Annotated[tuple[DecayStep, ...], AsTuple] = ()
+
+
+class EvaluationConfig(Section):
+    interval: Count = 0
+    samples: Size = 64
+
+
+class CheckpointConfig(Section):
+    interval: Count = 0
+    keep: Size = 2
+    resume: Place = "auto"
+
+
+class RunConfig(Section):
+    folder: Place
+    log_interval: Size = 1
+    tensorboard: bool = False
+
+
+class RuntimeConfig(Section):
+    timeout_s: Positive = 120.0
+    overlap: bool = True
+    bucket_size: Size = 40_000_000  # gradients that are summed over the replicas together
+
+
+class TraceConfig(Section):
+    steps: Annotated[tuple[Size, Size], AsTuple] | None = None  # the first and the last step to record
+    nvtx: bool = False
+
+
+class Config(Section):
+    model: ModelConfig
+    residual: ResidualConfig
+    parallel: ParallelConfig = ParallelConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    search: SearchConfig = SearchConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig
+    runtime: RuntimeConfig = RuntimeConfig()
+    trace: TraceConfig = TraceConfig()
+
+    @property
+    def placement(self) -> Placement:
+        """Which pipeline rank holds which stage."""
+        return placement_of(self, self.parallel.pp)
+
+    @property
+    def lanes(self) -> int:
+        """Directions in which micro-batches enter the pipeline."""
+        return placement_of(self, 1).lanes
+
+    @property
+    def stages(self) -> int:
+        """Stages that the model is cut into; under dualpipe each of them exists twice."""
+        return self.parallel.pp * placement_of(self, 1).stages
+
+    @property
+    def smallest_dp(self) -> int:
+        """The smallest data-parallel size that ep allows; no larger one makes valid what this one does not."""
+        return self.parallel.ep // gcd(self.parallel.ep, self.parallel.tp)
+
+    def stage_blocks(self) -> list[range]:
+        """The blocks of each stage."""
+        return assign_blocks(self.model.blocks, self.stages, self.parallel.blocks_per_stage)
+
+    def microbatches(self, dp: int) -> int:
+        """Micro-batches of one step on one of `dp` data-parallel replicas, both directions of dualpipe together."""
+        return self.train.global_batch // (self.train.micro_batch * dp)
+
+    def evaluation_microbatches(self, dp: int) -> int:
+        """As `microbatches`, of one evaluation."""
+        return self.evaluation.samples // (self.train.micro_batch * dp)
+
+    def stage_message_bytes(self) -> int:
+        """Bytes of one micro-batch's hidden states between two stages: sequence x micro-batch x streams x hidden size."""
+        tokens = self.train.sequence_length * self.train.micro_batch
+        return tokens * self.residual.width * self.model.hidden_size * BYTES[self.train.precision]
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Config:
+        problems = [*_model_problems(self), *_layout_problems(self), *_training_problems(self)]
+        problems += data_parallel_problems(self, self.parallel.dp or self.smallest_dp)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    if config.residual.static and config.residual.kind != "harmonized":
+        yield f"residual.static: true: only harmonized has a static form, but residual.kind is {config.residual.kind}"
+    if model.rope_dim % 2:
+        yield f"model.rope_dim: {model.rope_dim}: must be even, RoPE rotates pairs"
+    if model.dense_blocks > model.blocks:
+        yield f"model.dense_blocks: {model.dense_blocks}: must be at most model.blocks = {model.blocks}"
+    if model.experts_active > model.experts:
+        yield f"model.experts_active: {model.experts_active}: must be at most model.experts = {model.experts}"
+    if model.moe_blocks > 0:
+        why = f"at least 1: {model.moe_blocks} of {model.blocks} blocks have experts (or set dense_blocks: {model.blocks})"
+        for key in ("experts", "experts_active", "expert_ffn_size"):
+            if getattr(model, key) < 1:
+                yield f"model.{key}: {getattr(model, key)}: must be {why}"
+    if model.experts % parallel.ep or (parallel.ep > 1 and model.experts == 0):
+        yield f"parallel.ep: {parallel.ep}: must divide model.experts = {model.experts}"
+    if model.heads % parallel.tp:
+        yield f"parallel.tp: {parallel.tp}: must divide model.heads = {model.heads}"
+    if config.data.kind == "text" and config.data.tokenizer == "bytes" and model.vocab_size < 256:
+        yield f"model.vocab_size: {model.vocab_size}: must be at least 256 with data.tokenizer bytes"
+
+
+def _layout_problems(config: Config) -> Iterator[str]:
+    parallel, schedule, stages, blocks = config.parallel, config.schedule.name, config.stages, config.model.blocks
+    if parallel.tp > 1:
+        yield f"parallel.tp: {parallel.tp}: only 1 is supported by the trainer so far"
+    if config.lanes == 2 and parallel.pp % 2:
+        yield f"parallel.pp: {parallel.pp}: must be even, at least 2, with schedule.name {schedule} (or use 1f1b or dualpipev)"
+    if config.schedule.chunks is not None and schedule != "interleaved":
+        yield f"schedule.chunks: {config.schedule.chunks}: only interleaved takes it, but schedule.name is {schedule}"
+    if stages > blocks:
+        yield (
+            f"parallel.pp: {parallel.pp}: makes {stages} stages with schedule.name {schedule}; "
+            f"must be at most model.blocks = {blocks}, every stage needs a block"
+        )
+    elif parallel.blocks_per_stage is not None:
+        try:
+            config.stage_blocks()
+        except ValueError as error:
+            yield f"parallel.{error}"
+
+
+def _training_problems(config: Config) -> Iterator[str]:
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps > steps:
+        yield f"optimizer.warmup_steps: {optimizer.warmup_steps}: must be at most train.steps = {steps}"
+    fractions = [fraction for fraction, _ in optimizer.decay]
+    if any(late <= early for early, late in pairwise(fractions)):
+        yield f"optimizer.decay: fractions {fractions}: must increase"
+    if config.trace.steps is not None and config.trace.steps[0] > config.trace.steps[1]:
+        yield f"trace.steps: {list(config.trace.steps)}: the first step must not be after the last"
+    if config.data.kind == "megatron" and not config.data.paths:
+        yield "data.paths: []: must name at least one prefix of a .bin/.idx pair with data.kind megatron"
+
+
+def data_parallel_problems(config: Config, dp: int) -> Iterator[str]:
+    """What is wrong with `dp` data-parallel replicas, a message each."""
+    parallel, train, schedule = config.parallel, config.train, config.schedule.name
+    if dp * parallel.tp % parallel.ep:
+        yield f"parallel.ep: {parallel.ep}: must divide dp x tp = {dp * parallel.tp}, the ranks of one stage"
+    sequences = train.micro_batch * dp
+    of = f"train.micro_batch x dp = {train.micro_batch} x {dp}"
+    if train.global_batch % sequences:
+        yield f"train.global_batch: {train.global_batch}: must be a multiple of {of} = {sequences}"
+    else:
+        least = 2 * parallel.pp if schedule.startswith("dualpipe") else config.lanes
+        count = train.global_batch // sequences
+        if count < least or count % config.lanes:
+            yield (
+                f"train.global_batch: {train.global_batch}: makes {count} micro-batches ({of}); schedule.name {schedule} over "
+                f"pp = {parallel.pp} needs {'an even number, ' if config.lanes == 2 else ''}at least {least}"
+            )
+    evaluated = sequences * config.lanes
+    if config.evaluation.interval and config.evaluation.samples % evaluated:
+        both = " x 2 (dualpipe enters at both ends)" if config.lanes == 2 else ""
+        yield f"evaluation.samples: {config.evaluation.samples}: must be a multiple of {of}{both} = {evaluated}"

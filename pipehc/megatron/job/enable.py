@@ -1,0 +1,205 @@
+"""One call that gives an existing Megatron job hyper-connections and our schedules."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, pipeline_parallel
+from megatron.core.utils import get_model_config
+
+from pipehc.megatron.job.job_refusals import refuse_job
+from pipehc.megatron.job.mirror import count_once, counted_once, gradient_groups
+from pipehc.megatron.job.model_chunks import build_chunks
+from pipehc.megatron.job.position import acting_at, held_stages, megatron_place
+from pipehc.megatron.job.schedule import ForwardBackward, forward_backward_func
+from pipehc.megatron.job.source import Megatrons, ScheduleSource
+from pipehc.megatron.job.spec import Residual, residual_settings
+from pipehc.schedules import Schedule
+
+
+def enable(schedule: str | Schedule = "dualpipe", *, residual: Residual | None = None, **options: Any) -> Enabled:
+    """Call it before `pretrain()`, or before a hand-written loop asks Megatron for its forward-backward function (a name that was
+    imported from megatron.core.pipeline_parallel earlier stays what it was).
+
+    Nothing of Megatron's is touched before, and `disable()` of what this returns, or the end of a `with` block over it, takes
+    everything back. In a job that runs megatron.training it takes care of model chunks, gradient groups, data iterators and
+    checkpoints; a hand-written loop builds its chunks with `build_model_chunks` and `wrap_model_chunks`.
+
+    Args:
+        schedule, options: as for `forward_backward_func`; "megatron" keeps Megatron's own schedule.
+        residual: as for `hyper_connection_layer_spec`; None leaves the residual connections as they are.
+
+    Raises:
+        ValueError: for arguments that are not known. When the job starts, on every rank: for what it asks that cannot work with
+            them, naming the option and the remedy.
+        RuntimeError: if it is enabled already.
+    """
+    settings = None if residual is None else residual_settings(residual)
+    if schedule == "megatron" and settings is None:
+        raise ValueError("schedule = 'megatron' with residual = None: changes nothing; name a schedule or a residual")
+    function = forward_backward_func(schedule, **options)
+    source = function.source if isinstance(function, ForwardBackward) else Megatrons()
+    enabled = Enabled(function, source, settings)
+    enabled.install()
+    return enabled
+
+
+class Enabled:
+    """What `enable` installed. One at a time."""
+
+    _current: Enabled | None = None
+
+    def __init__(self, function: Callable[..., list], source: ScheduleSource, residual: Any) -> None:
+        self._function, self._source, self._residual = function, source, residual
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def install(self) -> None:
+        if Enabled._current is not None:
+            raise RuntimeError("pipehc.megatron is enabled already; call disable() of the first")
+        Enabled._current = self
+        try:
+            self._install()
+        except BaseException:
+            self.disable()
+            raise
+
+    def _install(self) -> None:
+        self._replace(pipeline_parallel, "get_forward_backward_func", lambda _: self._get_forward_backward_func)
+        try:
+            from megatron.training import training
+        except ImportError:  # a loop of the user's own, on megatron.core alone
+            return
+        self._replace(training, "get_forward_backward_func", lambda _: self._get_forward_backward_func)
+        self._replace(training, "setup_model_and_optimizer", self._setup_model_and_optimizer)
+        self._replace(training, "get_model", self._get_model)
+        self._replace(training, "get_megatron_optimizer", self._get_megatron_optimizer)
+        self._replace(training, "build_train_valid_test_data_iterators", self._build_data_iterators)
+        self._replace(training, "calc_params_l2_norm", self._calc_params_l2_norm)
+
+    def disable(self) -> None:
+        """Takes everything back. Chunks that were built stay as they are."""
+        for owner, name, value in reversed(self._before):
+            setattr(owner, name, value)
+        self._before.clear()
+        Enabled._current = None
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.disable()
+
+    def _replace(self, owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+        original = getattr(owner, name)
+        self._before.append((owner, name, original))
+        setattr(owner, name, wrap(original))
+
+    # -- in the place of Megatron's functions
+
+    def _get_forward_backward_func(self, *_: Any, **__: Any) -> Callable[..., list]:
+        return self._function
+
+    def _setup_model_and_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Refuses what cannot work before anything is built, and turns a model builder into a provider, which `get_model` takes."""
+
+        def setup_model_and_optimizer(
+            model_type: Any, model_provider_func: Any = None, checkpointing_context: Any = None, **given: Any
+        ) -> Any:
+            from megatron.training import get_args
+
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            refuse_job(get_args(), self._source, pipeline.size(), self._residual)
+            container = given.get("cfg_container")
+            if container is not None and getattr(container, "model", None) is not None:
+                model_provider_func = _provider_of(container.model)
+                given["cfg_container"] = copy.copy(container)
+                given["cfg_container"].model = None
+            return original(model_type, model_provider_func, checkpointing_context, **given)
+
+        return setup_model_and_optimizer
+
+    def _get_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_model(model_provider_func: Any, *args: Any, **given: Any) -> list[Any]:
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            placement = self._source.placement(pipeline.size())
+            held = held_stages(placement, pipeline.rank())
+            config = {} if given.get("config") is None else {"config": given["config"]}
+            chunks = build_chunks(model_provider_func, placement, self._residual, ours=self._source.name != "megatron", **config)
+            if placement.lanes == 1:
+                return list(original(lambda *_, vp_stage=None, **__: chunks[vp_stage or 0], *args, **given))
+            wrapped = []
+            with gradient_groups(placement):
+                for (_, stage), chunk in zip(held, chunks):
+                    with acting_at(megatron_place(placement, stage)[0]) as group:
+                        if given.get("pg_collection") is not None:
+                            given["pg_collection"] = copy.copy(given["pg_collection"])
+                            given["pg_collection"].pp = group
+                        wrapped += original(lambda *_, _chunk=chunk, **__: _chunk, *args, **given)
+            if hasattr(wrapped[0], "ddp_config"):
+                for chunk in wrapped:  # the optimizer wants one; --ddp-num-buckets made a bucket size for each
+                    chunk.ddp_config = wrapped[0].ddp_config
+                count_once(wrapped, held, get_model_config(wrapped[0]))
+            return wrapped
+
+        return get_model
+
+    def _get_megatron_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_megatron_optimizer(*args: Any, **given: Any) -> Any:
+            with gradient_groups(self._source.placement(parallel_state.get_pipeline_model_parallel_world_size())):
+                return original(*args, **given)
+
+        return get_megatron_optimizer
+
+    def _build_data_iterators(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A chunk's data are built where its stage is, not where Megatron would have put it."""
+
+        def build_train_valid_test_data_iterators(provider: Any) -> Any:
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            placement = self._source.placement(pipeline.size())
+            vp_stage = getattr(provider, "keywords", {}).get("vp_stage")
+            place: AbstractContextManager[Any] = nullcontext()
+            if vp_stage is not None:
+                held = held_stages(placement, pipeline.rank())
+                place = acting_at(megatron_place(placement, held[vp_stage][1])[0])
+            with place:
+                return original(provider)
+
+        return build_train_valid_test_data_iterators
+
+    def _calc_params_l2_norm(self, original: Callable[..., float]) -> Callable[..., float]:
+        """--log-params-norm sums over the whole pipeline, where two ranks have each stage."""
+
+        def calc_params_l2_norm(model: Any, force_create_fp32_copy: bool = False) -> float:
+            from megatron.training import get_args
+
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            placement = self._source.placement(pipeline.size())
+            if placement.lanes == 2:
+                model = counted_once(model, held_stages(placement, pipeline.rank()), get_args().bf16 and not force_create_fp32_copy)
+            return original(model, force_create_fp32_copy)
+
+        return calc_params_l2_norm
+
+
+def _provider_of(model_config: Any) -> Callable[..., torch.nn.Module]:
+    """The model provider that a builder of megatron.training.models amounts to."""
+    hooks = [name for name in ("pre_wrap_hooks", "post_wrap_hooks") if getattr(model_config, name, None)]
+    if hooks:
+        raise ValueError(f"{hooks[0]}: not supported; apply them in a model_provider")
+    builder = model_config.get_builder_cls()(model_config)
+    parameters = inspect.signature(builder.build_model).parameters
+
+    def model_provider(
+        pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, pg_collection: Any = None
+    ) -> torch.nn.Module:
+        given = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+        model: torch.nn.Module = builder.build_model(pg_collection, **{k: v for k, v in given.items() if k in parameters})
+        return model
+
+    return model_provider

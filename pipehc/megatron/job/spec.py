@@ -1,0 +1,69 @@
+"""Turns the layer specs of an existing Megatron job into their hyper-connection form."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
+from pydantic import ValidationError
+
+from pipehc.config.schema import ResidualConfig
+from pipehc.megatron.layer import HyperConnectionLayer
+
+Residual = ResidualConfig | Mapping[str, Any] | str
+
+
+def hyper_connection_layer_spec[Spec: (ModuleSpec, TransformerBlockSubmodules)](
+    spec: Spec, residual: Residual = "mhc"
+) -> Spec:
+    """A released GPT layer or block spec with hyper-connections in the place of its residual additions.
+
+    The first layer of the model copies its input to n streams, the last one reduces them to one, so embedding, final norm and
+    output head stay as they are, and so do the names of all of Megatron's parameters. Between layers and stages travel streams
+    [s, b, n*C]: give `forward_backward_func` of this package to the job, or call `enable`; Megatron's own would expect [s, b, C].
+
+    Args:
+        spec: of one layer (get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec), or of a block
+            (get_gpt_decoder_block_spec); dense or MoE, standard attention or MLA. It is not changed.
+        residual: "hc", "mhc", "isohc", "hybrid", "harmonized", or all settings of the section `residual` of our configuration.
+
+    Raises:
+        ValueError: if `residual` has unknown or impossible settings, or a layer of `spec` is not Megatron's TransformerLayer.
+    """
+    settings = residual_settings(residual)
+    if isinstance(spec, TransformerBlockSubmodules):
+        layers: list[ModuleSpec] = [_layer(layer, settings) for layer in spec.layer_specs or []]
+        return replace(spec, layer_specs=layers)
+    return _layer(spec, settings)
+
+
+def residual_settings(residual: Residual) -> ResidualConfig:
+    """The checked settings. Raises ValueError naming key, value and what is allowed."""
+    if isinstance(residual, ResidualConfig):
+        return residual
+    given = {"kind": residual} if isinstance(residual, str) else dict(residual)
+    try:
+        settings = ResidualConfig(**given)
+    except ValidationError as error:
+        problems = (f"residual.{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ValueError("; ".join(problems)) from error
+    if settings.static and settings.kind != "harmonized":
+        raise ValueError(f"residual.static = True with residual.kind = {settings.kind!r}: only harmonized has a static form")
+    return settings
+
+
+def _layer(spec: ModuleSpec, settings: ResidualConfig) -> ModuleSpec:
+    module = spec.module
+    if module is HyperConnectionLayer:
+        raise ValueError("spec: is in its hyper-connection form already; convert it once")
+    # Subclasses override the forward that ours replaces; the one exception differs in CUDA graphs only, which are refused anyway.
+    if module is not TransformerLayer and getattr(module, "__name__", "") != "MoETransformerLayer":
+        kind = "a transformer layer of another class" if _is_layer(module) else "no transformer layer"
+        raise ValueError(f"spec: {module} is {kind}; must be megatron.core's TransformerLayer")
+    return replace(spec, module=HyperConnectionLayer, params={**spec.params, "residual": settings, "ends": True})
+
+
+def _is_layer(module: Any) -> bool:
+    return isinstance(module, type) and issubclass(module, BaseTransformerLayer)

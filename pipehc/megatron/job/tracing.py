@@ -1,0 +1,51 @@
+"""Recordings and profiler ranges of a job's steps, as our own trainer makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipehc.comm.messages import Mailbox
+from pipehc.comm.queues import Queue
+from pipehc.schedules import Program
+from pipehc.watch.trace import Markers, Recorder, save_step
+
+
+@dataclass
+class Tracing:
+    """steps: first and last training step to record, counted from 1 in this process. folder: for the files. nvtx: open ranges."""
+
+    steps: tuple[int, int] | None
+    folder: Path
+    nvtx: bool
+    step: int = 0
+
+    def observers(self, forward_only: bool, rank: int, device: torch.device, queues: Mapping[str, Queue]) -> list[Any]:
+        """Those of the call that begins."""
+        found: list[Any] = [Markers()] if self.nvtx else []
+        if not forward_only:
+            self.step += 1
+            if self.steps is not None and self.steps[0] <= self.step <= self.steps[1]:
+                found.append(Recorder(rank, device, queues))
+        return found
+
+    @contextmanager
+    def recording(
+        self, observers: Sequence[Any], mailbox: Mailbox, program: Program, pipelines: Sequence[Sequence[int]], recompute: bool
+    ) -> Iterator[None]:
+        """Around the call; writes a file a pipeline if it is recorded. Collective then."""
+        recorder = next((o for o in observers if isinstance(o, Recorder)), None)
+        if recorder is None:
+            yield
+            return
+        with recorder.attached(mailbox):
+            yield
+        own = dist.get_rank()
+        pipeline = next(i for i, ranks in enumerate(pipelines) if own in ranks)
+        save_step(recorder, program, self.step, self.folder, (pipeline, pipelines[pipeline].index(own)), recompute=recompute)

@@ -1,0 +1,182 @@
+"""Stage messages: few buffers, used again and again, and never under the hands of somebody who still needs them."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_ranks
+from toy_stages import ROWS, WIDTH, ToyStage, reference
+
+from pipehc.comm.device_waits import DeviceWaits
+from pipehc.comm.groups import CTAS, NCCL_LIMIT_S, edge_groups
+from pipehc.comm.messages import Mailbox
+from pipehc.schedules import build, compile
+from pipehc.schedules.execute import execute
+from pipehc.schedules.families import FAMILIES
+
+RANKS = 4
+MICROBATCHES = 8, 16, 32
+
+
+class CountingMailbox(Mailbox):
+    """Knows how many buffers it has, and how many sends it kept at the same time."""
+
+    most_sends = 0
+    in_buffers = 0  # messages that came into one
+
+    @property
+    def buffers(self):
+        return len(self._buffers)
+
+    def wait(self, message):
+        tensor = super().wait(message)
+        self.in_buffers += tensor.untyped_storage().data_ptr() in self._storages
+        return tensor
+
+    def send(self, *args):
+        super().send(*args)
+        self.most_sends = max(self.most_sends, len(self._sent))
+
+
+def on_this_rank(slots, position):
+    return sum(count for edge, count in slots.items() if edge[position] == dist.get_rank())
+
+
+def buffers_of_runs(rank, name):
+    """(receive buffers, tensors kept for sending) after a step of each size, through one mailbox a size."""
+    found = []
+    for microbatches in MICROBATCHES:
+        program = compile(build(name, RANKS, microbatches))
+        placement = program.schedule.placement
+        groups = edge_groups([list(range(RANKS))], program.edges())
+        mailbox = CountingMailbox(groups, (ROWS, WIDTH), torch.float64, timeout_s=30)
+        for _ in range(2):  # the second step takes the buffers of the first
+            stages = {key: ToyStage(key[1], placement.stages) for key in placement.held(rank)}
+            execute(program.instructions[rank], placement, stages, mailbox)
+            expected = reference(placement.stages, microbatches)
+            for (_, stage), own in stages.items():
+                if placement.lanes == 1:
+                    assert torch.allclose(own.grad, expected[stage].grad, rtol=1e-12)
+        assert mailbox.buffers == on_this_rank(program.receive_slots(), 1)
+        assert mailbox.most_sends <= on_this_rank(program.send_slots(), 0)
+        found.append((mailbox.buffers, mailbox.most_sends))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"gpipe"}))  # gpipe has all micro-batches in flight
+def test_live_buffers_do_not_grow_with_the_number_of_microbatches(name):
+    for found in run_ranks(buffers_of_runs, RANKS, name):
+        received, sent = zip(*found)
+        assert received[1] == received[2] > 0 and max(sent) <= 12
+
+
+def test_what_was_received_may_be_sent_on_while_its_buffer_is_used_again():
+    """Rank 0 sends 8 numbers round: 1 hands each of them on as it is, and posts the next receive into the same buffer."""
+
+    def go_round(rank):
+        edges = [(0, 1), (1, 2)]
+        mailbox = CountingMailbox(edge_groups([[0, 1, 2]], edges), (1 << 18,), torch.float32, timeout_s=30)
+        found = []
+        for k in range(8):
+            if rank == 0:
+                mailbox.send(("m", k), (0, 1), torch.full((1 << 18,), float(k)), k)
+            if rank == 1:
+                mailbox.post(("m", k), (0, 1), 0)
+                mailbox.send(("m", k), (1, 2), mailbox.wait(("m", k)), k)
+        dist.barrier()
+        for k in range(8 if rank == 2 else 0):
+            mailbox.post(("m", k), (1, 2), k)
+        for k in range(8 if rank == 2 else 0):
+            found.append(mailbox.wait(("m", k)).unique().tolist())
+        mailbox.drain()
+        return found, mailbox.buffers
+
+    found = run_ranks(go_round, 3)
+    assert found[2][0] == [[float(k)] for k in range(8)] and [buffers for _, buffers in found] == [0, 1, 8]
+
+
+def test_slots_in_use_are_refused():
+    def misuse(rank):
+        mailbox = Mailbox(edge_groups([[0, 1]], [(0, 1)]), (1,), torch.float32, timeout_s=30)
+        if rank == 0:
+            mailbox.send("a", (0, 1), torch.zeros(1))
+            with pytest.raises(AssertionError, match="no event says"):
+                mailbox.send("b", (0, 1), torch.zeros(1))
+        else:
+            mailbox.post("a", (0, 1))
+            with pytest.raises(AssertionError, match="something is posted into its slot"):
+                mailbox.post("b", (0, 1))
+            received = mailbox.wait("a").requires_grad_()
+            mailbox.post("b", (0, 1))
+            assert received.data_ptr() == mailbox._received["b"][1].tensor.data_ptr()
+            assert not mailbox._received["b"][1].tensor.requires_grad
+        dist.barrier()
+        if rank == 0:
+            mailbox.drain()
+            mailbox.send("b", (0, 1), torch.zeros(1))
+        else:
+            mailbox.wait("b")
+        mailbox.drain()
+
+    run_ranks(misuse, 2)
+
+
+def through_host_first(rank):
+    """(messages in buffers, is the result right) after each of three steps and an evaluation, and what a tracker saw."""
+    found, tracked = [], []
+    programs = [compile(build("1f1b", 2, 6)), compile(build("1f1b", 2, 6, forward=True))]
+    groups = edge_groups([[0, 1]], programs[0].edges())
+    mailbox = CountingMailbox(groups, (ROWS, WIDTH), torch.float64, timeout_s=30, first_through_host=True)
+    mailbox.tracker = lambda message, kind, work: tracked.append(len(found)) or work
+    expected = reference(2, 6)[rank].grad
+    for program in (programs[0], programs[0], programs[1], programs[0]):
+        forward = program.schedule.forward_only
+        stage, mailbox.in_buffers = ToyStage(rank, 2), 0
+        mailbox.begin(forward)
+        execute(program.instructions[rank], program.schedule.placement, {(0, rank): stage}, mailbox)
+        right = torch.allclose(stage.grad, torch.zeros_like(expected) if forward else expected, rtol=1e-12)
+        found.append((mailbox.in_buffers, right))
+        assert mailbox.buffers == on_this_rank(programs[0].receive_slots(), 1)  # from the first step on
+    return found, sorted(set(tracked))
+
+
+def test_the_first_step_of_a_kind_may_go_through_host_memory():
+    first, second = run_ranks(through_host_first, 2)
+    assert first == ([(0, True), (6, True), (0, True), (6, True)], [1, 3])  # gradients
+    assert second == ([(0, True), (6, True), (0, True), (6, True)], [1, 3])  # activations
+
+
+class Transfer:
+    """As much of dist.Work as is asked."""
+
+    done = False
+
+    def is_completed(self):
+        return self.done
+
+
+def test_waits_of_the_device_are_counted_as_they_end_in_any_order():
+    waits, works = DeviceWaits(torch.device("cpu")), [Transfer() for _ in range(300)]
+    for k, work in enumerate(works):
+        waits.add(str(k), work)
+        work.done = k < 296  # an old one ends while new ones come
+    works[297].done = True
+    assert waits.look() == (297, ["296", "298", "299"])
+    assert waits.look() == (297, ["296", "298", "299"])
+
+
+def test_groups_of_cuda_have_few_blocks_a_high_priority_and_a_way_through_host_memory(monkeypatch):
+    """NCCL itself cannot be had here: what it is asked for."""
+    made = []
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **options: made.append((ranks, options)))
+    edge_groups([[0, 1]], [(0, 1), (1, 0)], 7.0, "cuda")
+    edge_groups([[0, 1]], [(0, 1)], 7.0)
+    (ranks, first), (_, second), (_, on_cpu) = made
+    assert ranks == [0, 1] and first["backend"] == "cpu:gloo,cuda:nccl" and on_cpu["backend"] is None is on_cpu["pg_options"]
+    options = first["pg_options"]
+    assert options is not second["pg_options"]  # torch writes the group's name into them
+    assert options.is_high_priority_stream and options.config.max_ctas == CTAS
+    # NCCL counts from the call, and the host is ahead of the device.
+    assert options._timeout == first["timeout"] == timedelta(seconds=NCCL_LIMIT_S) and on_cpu["timeout"] == timedelta(seconds=7)

@@ -1,9 +1,0 @@
-"""What every test shares: one compute thread, so that forked children (see processes.py) inherit no thread pool."""
-
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch
-
-torch.set_num_threads(1)

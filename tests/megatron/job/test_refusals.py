@@ -1,0 +1,276 @@
+"""Set-ups that cannot work are refused before anything runs: one message, with key, value and remedy, on every rank."""
+
+from types import SimpleNamespace
+
+import megatron.core.models.gpt.gpt_model
+import megatron.training.training
+import pytest
+import torch
+from megatron_job import MICRO_BATCH, SEQUENCE, Job, forward_step, initialize, model_config, provider
+from processes import run_ranks
+
+from pipehc.megatron import build_model_chunks, enable, forward_backward_func, hyper_connection_layer_spec, wrap_model_chunks
+from pipehc.megatron.job.refusals import OPTIONS, refuse_options
+
+ARGUMENTS = [
+    (dict(schedule="zigzag"), r"schedule = 'zigzag': must be megatron, auto, gpipe, 1f1b"),
+    (dict(schedule="there/is/none.csv"), "none.csv': there is no such file"),
+    (dict(schedule="dualpipe", costs=1), "costs = 1: only with schedule = 'auto'"),
+    (dict(schedule="auto", speed=3), "speed = 3: unknown; schedule = 'auto' takes costs"),
+    (dict(schedule="auto", placement="ring"), "placement = 'ring': must be one of linear, v, bidirectional"),
+    (dict(schedule="megatron", seed=1, residual="mhc"), "seed: only with schedule = 'auto'"),
+    (dict(schedule="megatron"), "residual = None: changes nothing"),
+    (dict(recompute_block=0), "recompute_block = 0: must be at least 1"),
+    (dict(timeout_s=0), "timeout_s = 0: must be more than 0"),
+    (dict(residual="xhc"), "residual.kind = 'xhc'"),
+    (dict(residual={"kind": "mhc", "streams": 9}), "residual.streams = 9"),
+    (dict(residual={"kind": "mhc", "stream": 4}), "residual.stream = 4"),
+    (dict(residual={"kind": "mhc", "static": True}), "static = True with residual.kind = 'mhc'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=str)
+def test_arguments_of_enable(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        enable(**arguments)
+    assert megatron.training.training.get_model.__module__ == "megatron.training.training"  # nothing was installed
+
+
+def test_enabling_twice_and_taking_it_back():
+    from megatron.core import pipeline_parallel
+    from megatron.training import training
+
+    names = [
+        (pipeline_parallel, "get_forward_backward_func"),
+        *((training, name) for name in ("get_forward_backward_func", "get_model", "get_megatron_optimizer",
+                                        "setup_model_and_optimizer", "build_train_valid_test_data_iterators",
+                                        "calc_params_l2_norm")),
+    ]  # fmt: skip
+    before = [getattr(owner, name) for owner, name in names]
+    with enable("dualpipe"):
+        assert all(getattr(owner, name) is not b for (owner, name), b in zip(names, before))
+        function = training.get_forward_backward_func()
+        assert function is pipeline_parallel.get_forward_backward_func(schedule_pg_collection=None) and callable(function)
+        with pytest.raises(RuntimeError, match="enabled already"):
+            enable("dualpipe")
+    assert all(getattr(owner, name) is b for (owner, name), b in zip(names, before))
+    enable("1f1b").disable()
+
+
+BROKEN = {
+    "mtp_num_layers": 1, "cuda_graph_impl": "local", "enable_cuda_graph": True, "external_cuda_graph": True, "cpu_offloading": True,
+    "fine_grained_activation_offloading": True, "recompute_granularity": "full", "overlap_moe_expert_parallel_comm": True,
+    "delay_wgrad_compute": True, "defer_embedding_wgrad_compute": True, "variable_seq_lengths": True, "enable_autocast": True,
+    "fp8": "hybrid", "fp4": "e2m1", "fp32_residual_connection": True, "num_microbatches_with_partial_activation_checkpoints": 2,
+    "hybrid_context_parallel": True, "moe_shared_expert_overlap": True, "moe_paged_stash": True,
+    "overlap_dispatch_backward_with_experts_wgrad": True, "moe_enable_routing_replay": True, "gtp_weight_remat_size": 2,
+    "expert_gtp_weight_remat_size": 2, "heterogeneous_block_specs": True, "experimental_attention_variant": "dsa",
+}  # fmt: skip
+
+
+def test_every_option_has_a_broken_value():
+    assert BROKEN.keys() == OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_options_of_the_model(name):
+    with pytest.raises(ValueError, match=f"{name} = .*: not supported under our schedules: .*; (set|train|use)"):
+        refuse_options(SimpleNamespace(**{name: BROKEN[name]}))
+
+
+JOB = dict(
+    virtual_pipeline_model_parallel_size=None, num_layers=8, save=None, load=None, ckpt_format="torch_dist", no_save_optim=False,
+    use_distributed_optimizer=False, data_parallel_size=1, global_batch_size=16, micro_batch_size=2, rerun_mode="disabled",
+    untie_embeddings_and_output_weights=True,
+)  # fmt: skip
+SAVING = dict(save="somewhere", use_distributed_optimizer=True)
+JOBS = [
+    ("dualpipe", dict(virtual_pipeline_model_parallel_size=2), "parallel_size = 2: a bidirectional placement"),
+    ("dualpipev", {}, "a v placement needs 2; set --num-virtual-stages-per-pipeline-rank 2"),
+    ("interleaved", dict(virtual_pipeline_model_parallel_size=None), "a looped placement needs 2"),
+    ("dualpipe", dict(use_megatron_fsdp=True), "use_megatron_fsdp = True"),
+    ("dualpipe", dict(use_torch_fsdp2=True), "use_torch_fsdp2 = True"),
+    ("megatron", dict(perform_rl_step=True), "perform_rl_step = True"),
+    ("dualpipe", dict(init_model_with_meta_device=True), "init_model_with_meta_device = True"),
+    ("dualpipe", dict(rampup_batch_size=[4, 4, 100]), r"rampup_batch_size = \[4, 4, 100\]"),
+    ("dualpipe", dict(overlap_param_gather_with_optimizer_step=True), "overlap_param_gather_with_optimizer_step = True"),
+    ("dualpipe", dict(rerun_mode="report_stats"), "rerun_mode = 'report_stats'"),
+    ("1f1b", dict(sft=True), "sft = True"),
+    ("dualpipe", dict(num_distributed_optimizer_instances=2), "num_distributed_optimizer_instances = 2"),
+    ("dualpipe", dict(untie_embeddings_and_output_weights=False), "set --untie-embeddings-and-output-weights"),
+    ("dualpipe", dict(mtp_num_layers=1), "mtp_num_layers = 1"),
+    ("dualpipe", dict(save="somewhere", ckpt_format="torch"), "ckpt_format = 'torch': goes by pipeline ranks"),
+    ("dualpipe", dict(qk_clip=True), "qk_clip = True"),
+    ("dualpipe", dict(logits_save_dir="somewhere"), "logits_save_dir = 'somewhere'"),
+    ("dualpipe", dict(logits_load_dir="somewhere"), "logits_load_dir = 'somewhere'"),
+    ("dualpipe", dict(non_persistent_ckpt_type="local"), "non_persistent_ckpt_type = 'local'"),
+    ("dualpipe", dict(pretrained_checkpoint="somewhere", ckpt_format="torch"), "ckpt_format = 'torch': goes by pipeline ranks"),
+    ("1f1b", dict(inprocess_restart=True), "inprocess_restart = True"),
+    ("dualpipe", dict(moe_router_load_balancing_type=["aux_loss", "global_aux_loss"]), "load_balancing_type = .*global_aux_loss"),
+    ("dualpipe", dict(moe_router_load_balancing_type="quantile_balancing"), "load_balancing_type = 'quantile_balancing'"),
+    ("megatron", dict(heterogeneous_layers_config_encoded_json="{}"), "heterogeneous_layers_config_encoded_json = '{}'"),
+    ("1f1b", dict(num_distributed_optimizer_instances=2), "num_distributed_optimizer_instances = 2"),
+    ("megatron", dict(dataloader_inter_document_masking=True), "dataloader_inter_document_masking = True"),
+    ("dualpipe", SAVING, "set --dist-ckpt-optim-fully-reshardable"),
+    (
+        "dualpipe",
+        dict(**SAVING, dist_ckpt_optim_fully_reshardable=True, distrib_optim_fully_reshardable_mem_efficient=True),
+        "mem_efficient = True",
+    ),
+    ("dualpipe", dict(global_batch_size=6), "global_batch_size = 6: makes 3 micro-batches of 2 .* dualpipe needs an even number"),
+    ("dualpipe", dict(eval_global_batch_size=6), "eval_global_batch_size = 6: makes 3 micro-batches"),
+    ("megatron", dict(num_layers=1), "num_layers = 1: fewer than the 2 stages"),
+]
+
+
+def start_jobs(rank):
+    """The message with which each of JOBS ends."""
+    from megatron.training import training
+
+    initialize(pp=2)
+    said = []
+    for schedule, options, _ in JOBS:
+        training.get_args = lambda options=options: SimpleNamespace(**(JOB | options))
+        import megatron.training
+
+        megatron.training.get_args = training.get_args
+        with enable(schedule, residual="mhc"):
+            try:
+                training.setup_model_and_optimizer(None, None)
+                said.append("nothing")
+            except Exception as error:
+                said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_jobs_are_refused_at_start_on_every_rank():
+    for said in run_ranks(start_jobs, 2):
+        for (_, _, message), text in zip(JOBS, said, strict=True):
+            with pytest.raises(ValueError, match=message):
+                raise ValueError(text)
+            assert "\n" not in text and text.startswith("ValueError: ")
+
+
+class Other(torch.nn.Module):
+    """No GPT model."""
+
+
+class HybridModel(torch.nn.Module):
+    decoder = None
+
+
+def build_wrongly(rank):
+    said = []
+
+    def refused(act):
+        try:
+            act()
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+
+    initialize(pp=2)
+    good = provider(model_config(pp=2))
+    refused(lambda: build_model_chunks(lambda pre_process, post_process, vp_stage: Other(), "dualpipe"))
+    refused(lambda: build_model_chunks(lambda pre_process, post_process, vp_stage: HybridModel(), "dualpipe"))
+    refused(lambda: build_model_chunks(provider(model_config(pp=2), share_embeddings_and_output_weights=True), "dualpipe"))
+    refused(lambda: build_model_chunks(provider(model_config(pp=2, fp32_residual_connection=True)), "1f1b", residual="mhc"))
+    selective = model_config(pp=2, recompute_granularity="selective", recompute_modules=["layernorm"])
+    refused(lambda: build_model_chunks(provider(selective), "megatron", residual="mhc"))
+    lonely = model_config(pp=2, layers=1, account_for_loss_in_pipeline_split=True)
+    refused(lambda: build_model_chunks(provider(lonely), "1f1b"))
+    chunks = build_model_chunks(good, "1f1b")
+    arguments = dict(
+        forward_step_func=forward_step, data_iterator=iter(()), model=chunks, num_microbatches=8, seq_length=SEQUENCE,
+        micro_batch_size=MICRO_BATCH,
+    )  # fmt: skip
+    refused(lambda: forward_backward_func("dualpipe")(**arguments))
+    refused(lambda: forward_backward_func("1f1b")(**arguments, adjust_tensor_shapes_fn=len))
+    refused(lambda: forward_backward_func("1f1b")(**arguments, p2p_communicator=len))
+    config = megatron.core.utils.get_model_config(chunks[0])
+    config.param_sync_func = len
+    refused(lambda: forward_backward_func("1f1b")(**arguments))
+    config.param_sync_func = None
+    refused(lambda: forward_backward_func("1f1b")(**(arguments | {"data_iterator": [iter(()), iter(())]})))
+    return said
+
+
+def test_models_and_calls_are_refused_on_every_rank():
+    expected = [
+        "Other: has no TransformerBlock as its decoder; use GPTModel",
+        "HybridModel: .*; use GPTModel: HybridModel has attention and FFN in layers of their own",
+        "share_embeddings_and_output_weights = True: not supported over a bidirectional placement",
+        "fp32_residual_connection = True: not supported",
+        "recompute_modules contains 'layernorm': not supported by hyper-connection layers; drop it",
+        "rank 1: stage 1: has no transformer layers, every stage needs one",
+        "model: 1 chunks on a rank; dualpipe over 2 ranks needs 2",
+        "adjust_tensor_shapes_fn = .*: must be None",
+        "p2p_communicator = .*: must be None",
+        "param_sync_func = .*: is not called under our schedules, .*; set None",
+        "data_iterator: a list of 2; must have one iterator for each of the 1 model chunks",
+    ]
+    for said in run_ranks(build_wrongly, 2):
+        for message, text in zip(expected, said, strict=True):
+            with pytest.raises(ValueError, match=message):
+                raise ValueError(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_megatron_fsdp", True), ("use_custom_fsdp", True), ("num_distributed_optimizer_instances", 2)]
+)
+def test_options_of_ddp(name, value):
+    with pytest.raises(ValueError, match=f"{name} = {value}: not supported by wrap_model_chunks; (use|set)"):
+        wrap_model_chunks([], SimpleNamespace(**{name: value}))
+
+
+def run_wrong_chunks(rank):
+    """A hand-written loop's mistakes: with Megatron's own DDP each replica trained by itself, and the losses looked plausible."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    initialize(pp=2)
+    config, ddp_config = model_config(pp=2), DistributedDataParallelConfig()
+    chunks = build_model_chunks(provider(config), "dualpipe")
+    arguments = dict(
+        forward_step_func=forward_step, data_iterator=iter(()), num_microbatches=8, seq_length=SEQUENCE,
+        micro_batch_size=MICRO_BATCH,
+    )  # fmt: skip
+    for wrong in (chunks, [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]):
+        with pytest.raises(ValueError, match=r"sum its gradients over both replicas .*wrap_model_chunks"):
+            forward_backward_func("dualpipe")(model=wrong, **arguments)
+    wrapped = wrap_model_chunks(chunks, ddp_config, "dualpipe")
+    with pytest.raises(ValueError, match=r"runs as stage 0 has layers \[5, 6, 7, 8\], it must begin with layer 1: .*build_model"):
+        forward_backward_func("dualpipe")(model=wrapped[::-1], **arguments)
+
+
+def test_chunks_of_another_placement_or_without_a_mirror():
+    run_ranks(run_wrong_chunks, 2)
+
+
+def test_odd_pipelines_have_no_mirror():
+    def build(rank):
+        initialize(pp=3)
+        with pytest.raises(ValueError, match=r"ranks = 3|pipeline_model_parallel_size = 3: must be even"):
+            build_model_chunks(provider(model_config(pp=3, layers=6)), "dualpipe")
+
+    run_ranks(build, 3)
+
+
+def test_specs_of_other_layers_are_refused():
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    with pytest.raises(ValueError, match=r"is no transformer layer; must be megatron.core's TransformerLayer"):
+        hyper_connection_layer_spec(ModuleSpec(module=torch.nn.Linear))
+
+
+def wrong_number(rank):
+    from pipehc.schedules import build
+
+    job = Job(build("dualpipe", 2, 6), pp=2)
+    with pytest.raises(ValueError, match="schedule dualpipe: is for 6 micro-batches, the job runs 8 a step"):
+        job.call(0, 8)
+    with pytest.raises(ValueError, match="is for 2 pipeline ranks, the job has 3"):
+        job.forward_backward.source.placement(3)
+
+
+def test_given_schedules_must_fit():
+    run_ranks(wrong_number, 2)

@@ -1,0 +1,101 @@
+"""Overlapped pairs: the order of the figure, and the same bits as one after the other."""
+
+import itertools
+
+import pytest
+import torch
+from toy_chain import Toy, streams
+
+from pipehc.comm.queues import make_queues
+from pipehc.model.overlap import Half, overlap
+from pipehc.model.stage import ModelStage
+from pipehc.schedules.execute import OverlapStage
+
+QUEUES = make_queues(torch.device("cpu"))
+
+
+class Written:
+    """A pass that only writes down what would run."""
+
+    def __init__(self, log, chain):
+        self._log, self._chain = log, chain
+
+    def forward(self, index):
+        self._log.append(f"F {self._chain.pieces[index].name}")
+
+    def backward(self, index):
+        self._log.append(f"B {self._chain.pieces[index].name}")
+
+
+def order(ahead, back, dense=1):
+    log = []
+    halves = [Half(chain, Written(log, chain)) for chain in (Toy(ahead, dense).chain(), Toy(back, dense).chain())]
+    for mark in overlap(*halves, lambda node: log.append("W")):
+        log.append(mark)
+    return log
+
+
+def test_blocks_with_experts_are_figure_4():
+    """Two blocks on either side; the end of one and the start of the next are one piece, and of the next one's sub-layers too."""
+    assert order(2, 2, dense=0) == [
+        *("B 1.mlp.post", "B 1.mlp.sum", "B 1.mlp.combine"),
+        *("F 0.attention.pre", "F 0.attention.f", "F 0.attention.post_pre", "F 0.mlp.route", "F 0.mlp.dispatch"),
+        *("B 1.mlp.experts", "B 1.mlp.dispatch", "W"),
+        *("F 0.mlp.experts", "F 0.mlp.combine"),
+        *("B 1.mlp.route", "B 1.attention.post_pre", "B 1.attention.f"),
+        *("F 0.mlp.sum", "F 0.mlp.post_pre", "W"),
+        *("B 0.mlp.post_pre", "B 0.mlp.sum", "B 0.mlp.combine"),
+        *("F 1.attention.f", "F 1.attention.post_pre", "F 1.mlp.route", "F 1.mlp.dispatch"),
+        *("B 0.mlp.experts", "B 0.mlp.dispatch", "W"),
+        *("F 1.mlp.experts", "F 1.mlp.combine"),
+        *("B 0.mlp.route", "B 0.attention.post_pre", "B 0.attention.f", "B 0.attention.pre"),
+        *("F 1.mlp.sum", "F 1.mlp.post", "output", "gradient", "W", "end"),
+    ]
+
+
+def test_dense_blocks_leave_the_exchanges_out():
+    assert order(1, 1) == [
+        *("B 0.mlp.post", "F 0.attention.pre", "F 0.attention.f", "F 0.attention.post_pre", "B 0.mlp.f", "W", "F 0.mlp.f"),
+        *("B 0.attention.post_pre", "B 0.attention.f", "B 0.attention.pre", "F 0.mlp.post", "output", "gradient", "W", "end"),
+    ]
+
+
+@pytest.mark.parametrize(("ahead", "back"), list(itertools.product((1, 2, 4), repeat=2)))
+def test_all_pieces_run_once_in_their_order(ahead, back):
+    log = order(ahead, back)
+    names = [piece.name for piece in Toy(ahead).chain().pieces]
+    assert [line[2:] for line in log if line.startswith("F ")] == names
+    names = [piece.name for piece in Toy(back).chain().pieces]
+    assert [line[2:] for line in log if line.startswith("B ")] == names[::-1]
+    assert log.index("output") > max(i for i, line in enumerate(log) if line.startswith("F "))
+    assert log.index("gradient") > max(i for i, line in enumerate(log) if line.startswith("B "))
+    last_w = max(i for i, line in enumerate(log) if line == "W")
+    assert log.index("gradient") < last_w
+
+
+@pytest.mark.parametrize(("ahead", "back"), [(2, 2), (3, 2), (1, 4)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_pair_computes_what_its_halves_do_one_after_the_other(ahead, back, recompute):
+    toys = Toy(ahead, seed=1), Toy(back, dense=2, seed=2)
+    found = []
+    for together in (False, True):
+        one, other = (ModelStage(toy.chain(3), QUEUES, _no_batch, 1.0, recompute=recompute) for toy in toys)
+        assert isinstance(one, OverlapStage)
+        dy = other.forward(0, streams(0)).cos()
+        if together:
+            pair = one.overlap(1, streams(1), other, 0, dy)
+            y, dx = pair.output(), pair.input_gradient()
+            pair.finish()
+        else:
+            y, dx = one.forward(1, streams(1)), other.backward_input(0, dy)
+        other.backward_weight(0)
+        last = one.backward_input(1, y.sin())
+        one.backward_weight(1)
+        gradients = {(i, name): g for i, toy in enumerate(toys) for name, g in toy.take_gradients().items()}
+        found.append({"y": y, "dx": dx, "last": last} | gradients)
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
+def _no_batch(microbatch):
+    raise AssertionError("a middle stage has no batch")
