@@ -170,7 +170,7 @@ def train(config: Config, progress: Progress) -> None:
             with watchdog.limited(progress.doing), trainer.recorded(step, folder / "trace"):
                 result = trainer.step(step, splits.train, sampler)
             tokens_per_s = train.global_batch * train.sequence_length / (time.perf_counter() - began)
-            more = {} if result.gain is None else {"gain": result.gain}
+            more = dict(result.figures)
             if step == start + 1:
                 saved = trainer.saved_activations()
                 reporter.say("\n".join(describe(*item) for item in sorted(saved.items())))

@@ -43,7 +43,7 @@ class StepResult:
     loss: float  # mean over the tokens of the global batch, in nats
     grad_norm: float  # before clipping
     lr: float
-    gain: float | None  # of the composite of all maps H_res; None for the plain residual
+    figures: dict[str, float]  # diagnostics, by their names in metrics.jsonl: `gain`, of the composite of all maps H_res
 
 
 class Trainer:
@@ -118,7 +118,7 @@ class Trainer:
         if gain is not None and self.config.residual.kind == "harmonized":
             self.feedback.update(gain)
             self.apply_feedback()
-        return StepResult(loss, grad_norm, lr, gain)
+        return StepResult(loss, grad_norm, lr, {} if gain is None else {"gain": gain})
 
     def saved_activations(self) -> dict[int, Activations]:
         """By stage, the bytes that its first micro-batch of this process' first step kept. Collective; after a step."""

@@ -1,4 +1,7 @@
-"""Recomputation of what hyper-connections can rebuild cheaply: the block planner and the engine."""
+"""Recomputation of what hyper-connections can rebuild cheaply: the block planner and the engine.
+
+Imports comm. Begin with `chain.py` (a stage as pieces), then `engine.py` (one micro-batch on its way through them).
+"""
 
 from __future__ import annotations
 

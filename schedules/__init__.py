@@ -1,4 +1,8 @@
-"""Pipeline schedules as data: generate -> check -> compile -> execute. Needs no torch, `execute.py` aside."""
+"""Pipeline schedules as data: generate -> check -> compile -> (simulate | draw | execute).
+
+Needs no torch and no process group, `execute.py` aside. Begin with `actions.py` and `schedule.py`, then `compile.py` and
+`program.py`. A new family is a file in `families/` and a line in its `FAMILIES`.
+"""
 
 from pipehc.schedules.actions import Action, Pair
 from pipehc.schedules.auto import AutoReport, auto, auto_report

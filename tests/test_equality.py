@@ -46,7 +46,8 @@ def one_step(rank, path, overrides):
     result = trainer.step(1, split, Sampler(len(split), seed=3))
     trainer.check_replicas()
     biases = {name: b.clone() for m in trainer.models.values() for name, b in m.named_buffers() if "expert_bias" in name}
-    return before, result.loss, result.grad_norm, trainer.evaluate(split, 1), gradients, biases, result.gain, trainer.feedback.s
+    gain = result.figures.get("gain")
+    return before, result.loss, result.grad_norm, trainer.evaluate(split, 1), gradients, biases, gain, trainer.feedback.s
 
 
 def watch_gradients(optimizer):

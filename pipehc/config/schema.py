@@ -9,12 +9,18 @@ import os
 from collections.abc import Iterator
 from itertools import pairwise
 from math import gcd
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipehc.config.stages import assign_blocks, placement_of
+from pipehc.schedules.families import FAMILIES
 from pipehc.schedules.placement import Placement
+
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    ScheduleName = Literal[*FAMILIES, "auto"]
 
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Size = Annotated[int, Field(gt=0, le=10**12)]
@@ -116,7 +122,7 @@ class SearchConfig(Section):
 
 
 class ScheduleConfig(Section):
-    name: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv", "dualpipe", "dualpipev", "auto"] = "1f1b"
+    name: ScheduleName = "1f1b"
     chunks: Size | None = None  # stages a rank, of interleaved
 
 

@@ -1,4 +1,8 @@
-"""Plug-ins for existing Megatron-core jobs; the only place of pipehc that imports Megatron."""
+"""Plug-ins for existing Megatron-core jobs; the only place of pipehc that imports Megatron.
+
+Here stands what the trainer's model (`trainer/`) and existing jobs (`job/`) share: a layer as two sub-layers (`layer.py`,
+`nodes.py`), deferred weight gradients, versions, the shim for machines without CUDA. The two do not import each other.
+"""
 
 from importlib import import_module
 from typing import Any
