@@ -180,8 +180,8 @@ def launch_mapping_backward(
     manifold: Manifold,
     fixed: Collection[str],
 ) -> Gradients:
-    """Two launches. `saved` holds h_pre, h_post, h_res, product and inverse_rms of `launch_mapping`; `before` is H_post of the linked
-    sub-layer end before, and the dtype of its f."""
+    """Two launches. `saved` holds h_pre, h_post, h_res, product and inverse_rms of `launch_mapping`; `before` is H_post of the
+    linked sub-layer end before, and the dtype of its f."""
     tokens, n, channels = x.shape
     phi, alpha, bias = parameters
     columns = n * n + 2 * n

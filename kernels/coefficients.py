@@ -48,7 +48,7 @@ def check_manifold(manifold: Manifold) -> None:
     """ValueError, naming what there is, unless it is an instance of a manifold."""
     if not isinstance(manifold, Manifold):
         names = ", ".join(sorted(kind.__name__ for kind in Manifold.__subclasses__()))
-        raise ValueError(f"manifold={manifold!r}: must be an instance of one of {names} (pipehc.kernels.manifolds), as in Birkhoff()")
+        raise ValueError(f"manifold={manifold!r}: must be an instance, as Birkhoff() is, of {names} of pipehc.kernels.manifolds")
 
 
 def check_fixed(fixed: Collection[str]) -> None:
@@ -90,7 +90,8 @@ def _logits(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manif
     """[T, n*n + 2n]. Dividing by the norm comes after the product, which reads x once (paper, section 4.3.1)."""
     n = x.shape[1]
     if manifold.per_stream:
-        product = matmul(x.flatten(0, 1), phi).unflatten(0, (-1, n)).mT.flatten(1)  # [T, n + 2, n]: entry (row of the map, stream) is column row * n + stream
+        # [T, n + 2, n]: entry (row of the map, stream) is column row * n + stream.
+        product = matmul(x.flatten(0, 1), phi).unflatten(0, (-1, n)).mT.flatten(1)
         inverse_rms = torch.rsqrt(x.square().mean(-1) + NORM_EPS).repeat(1, n + 2)
         product = torch.tanh(product * inverse_rms)
     else:

@@ -41,8 +41,8 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 def once[**P, R](backward: Callable[P, R]) -> Callable[P, R]:
     """Decorator of the backward of a kernel: RuntimeError where its result is to be differentiated again.
 
-    torch's `once_differentiable` sees that only where an incoming gradient asks for a derivative. The result depends on saved tensors
-    as well, whose part of a second derivative would silently be missing.
+    torch's `once_differentiable` sees that only where an incoming gradient asks for a derivative. The result depends on saved
+    tensors as well, whose part of a second derivative would silently be missing.
     """
 
     @wraps(backward)

@@ -78,10 +78,11 @@ def _refuse_old_names(rows: list[tuple[Cell, ...]], path: str | PathLike[str]) -
     for number, row in enumerate(rows, start=1):
         actions = set(flatten(row))
         for action in flatten(row):
-            if action.kind == "B" and action._replace(kind="W") in actions:
+            weights = action._replace(kind="W")
+            if action.kind == "B" and weights in actions:
                 raise ValueError(
-                    f"{path}, line {number}: has both {action} and {action._replace(kind='W')}, but B is the full backward, W included;"
-                    " torch up to 2.5 wrote B for the gradient of the input alone: call it I there"
+                    f"{path}, line {number}: has both {action} and {weights}, but B is the full backward, W included; "
+                    "torch up to 2.5 wrote B for the gradient of the input alone: call it I there"
                 )
 
 

@@ -1,13 +1,13 @@
 """Maps from n x n logits to H_res: one file each, with its reference and its Triton functions.
 
 Begin with `base.py`, which says what a manifold is, and `identity_offset.py`, the shortest one. A file imports from
-`pipehc.kernels` what stands below the operations (shapes, matrices, differentiation, language), and may build on other manifolds, as
-`hybrid.py` does.
+`pipehc.kernels` what stands below the operations (shapes, matrices, differentiation, language), and may build on other manifolds,
+as `hybrid.py` does.
 
-A new map is a file here and its line in KINDS: `HyperConnection(kind=...)` and the Triton kernels of all operations then know it. In
-YAML its name is one more word of `residual.kind` in `pipehc/config/schema.py`, which knows no torch; the planner's closed form
-(`pipehc/planning/parameters.py`) changes only if it has other parameters than mHC. `tests/kernels/test_<name>.py` proves it with
-`check_map`; the tests of the operations run over KINDS as well.
+A new map is a file here and its line in KINDS: the operations, their kernels and `HyperConnection(kind=...)` then know it. In YAML
+its name is one more word of `residual.kind` in `pipehc/config/schema.py`, which knows no torch; the planner's closed form
+(`pipehc/planning/parameters.py`) changes only if it has other parameters than mHC. A test fails until both agree with KINDS.
+`tests/kernels/test_<name>.py` proves the map itself, with `check_map` for its Triton functions.
 """
 
 from pipehc.kernels.manifolds.base import Manifold, Settings

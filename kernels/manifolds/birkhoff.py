@@ -46,7 +46,8 @@ class Birkhoff(Manifold):
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """Saves the logits alone, from which backward computes all it needs, so that it can be differentiated again. Works on [rows, columns, matrices], where sums over rows or columns run along whole vectors."""
+    """Saves the logits alone, from which backward computes all it needs, so that it can be differentiated again. Works on
+    [rows, columns, matrices], where sums over rows or columns run along whole vectors."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, iterations: int) -> Tensor:

@@ -92,8 +92,9 @@ def cubic_steps(condition: float) -> tuple[tuple[float, float], ...]:
 
 
 class _Retract(torch.autograd.Function):
-    """Backward through the steps, whose iterates are recomputed from the logits, so that it can be differentiated again. The direction of 1 is kept in X with singular value 1, so that
-    rounding in that direction is corrected like everywhere else instead of growing with the steps."""
+    """Backward through the steps, whose iterates are recomputed from the logits, so that it can be differentiated again. The
+    direction of 1 is kept in X with singular value 1, so that rounding in that direction is corrected like everywhere else instead
+    of growing with the steps."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, steps: tuple[tuple[float, float], ...]) -> Tensor:

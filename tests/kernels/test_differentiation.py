@@ -1,5 +1,5 @@
-"""What autograd is promised: nothing changes under autocast, a second derivative is right or refused, and no gradient depends on which
-others are asked for."""
+"""What autograd is promised: nothing changes under autocast, a second derivative is right or refused, and no gradient depends on
+which others are asked for."""
 
 import itertools
 

@@ -87,8 +87,8 @@ def test_what_is_not_a_schedule_is_refused_with_its_place(tmp_path: Path, text: 
         GRID.replace(",", ";").encode(),
         GRID.replace(",", "\t").encode("utf-16"),
         GRID.replace(",", " , ").replace("\n", ",,\n").encode(),
-        '"0F0","0F1","0B0","0B1"\n"1F0","1B0","1F1","1B1"'.encode(),
-        '"0F0;0F1;0B0;0B1"\n"1F0;1B0;1F1;1B1"'.encode(),
+        b'"0F0","0F1","0B0","0B1"\n"1F0","1B0","1F1","1B1"',
+        b'"0F0;0F1;0B0;0B1"\n"1F0;1B0;1F1;1B1"',
         GRID.lower().encode(),
         GRID.replace("0B0", "0RECV_B0,0b0").replace("1F0", "1recv_f0,1F0").encode(),
     ],
@@ -179,8 +179,9 @@ def test_torch_runs_our_schedules_and_finds_the_gradients_of_one_process(tmp_pat
             _loss(nn.Sequential(*blocks)(x[2 * m : 2 * m + 2]), target[2 * m : 2 * m + 2]).backward()
         for s, block in enumerate(blocks):
             for key, parameter in block.named_parameters():
-                assert parameter.grad is not None and parameter.grad.abs().max() > 1e-4
-                torch.testing.assert_close(found[name, s][key], parameter.grad, msg=f"{name}, stage {s}, {key}")
+                assert parameter.grad is not None and parameter.grad.norm() > 0
+                error = (found[name, s][key] - parameter.grad).norm() / parameter.grad.norm()
+                assert error < 1e-5, (name, s, key)
         for form in ("compute_only", "compute_comms"):
             again = Schedule.from_csv(tmp_path / f"{name}.{form}.0.csv")
             assert (again.placement, again.rows) == (schedules[name].placement, schedules[name].rows)
