@@ -56,8 +56,8 @@ def test_equals_one_process(ranks):
                 losses |= loss
         assert losses == pytest.approx(expected[-1].losses, rel=1e-13)
         for stage in range(stages):
-            error = (grads[stage] - expected[stage].grad).norm() / expected[stage].grad.norm()
-            assert error < 1e-12, (name, microbatches, stage)
+            error = (grads[stage] - expected[stage].grad).norm()
+            assert error <= 1e-12 * expected[stage].grad.norm(), (name, microbatches, stage)  # both 0 if forward only
 
 
 def test_one_rank_needs_no_messages():
