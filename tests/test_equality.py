@@ -144,9 +144,9 @@ def test_the_gradient_of_lambda_equals_that_of_one_process(tiny, name):
     for of_rank in found:
         for key, gradient in of_rank.items():
             if key == first:
-                assert abs(gradient) < 1e-5 * min(abs(g) for k, g in expected.items() if k != first)
+                assert abs(gradient) < 1e-3 * min(abs(g) for k, g in expected.items() if k != first)
             else:
-                assert gradient == pytest.approx(expected[key], rel=1e-4, abs=0), key
+                assert gradient == pytest.approx(expected[key], rel=1e-3, abs=0), key
 
 
 def settings(kind):
