@@ -176,16 +176,18 @@ def launch_mapping_backward(
     saved: dict[str, Tensor],
     parameters: tuple[Tensor, Tensor, Tensor],
     incoming: Incoming,
-    h_post_before: Tensor | None,
+    before: tuple[Tensor, torch.dtype] | None,
     manifold: Manifold,
     fixed: Collection[str],
 ) -> Gradients:
-    """Two launches. `saved` holds h_pre, h_post, h_res, product and inverse_rms of `launch_mapping`."""
+    """Two launches. `saved` holds h_pre, h_post, h_res, product and inverse_rms of `launch_mapping`; `before` is H_post of the
+    linked sub-layer end before, and the dtype of its f."""
     tokens, n, channels = x.shape
     phi, alpha, bias = parameters
     columns = n * n + 2 * n
     d_x = torch.empty_like(x)
-    d_f = None if h_post_before is None else x.new_empty(tokens, channels)
+    h_post_before, dtype_before = before if before is not None else (None, None)
+    d_f = None if h_post_before is None else x.new_empty(tokens, channels, dtype=dtype_before)
     if not tokens:
         none = x.new_zeros((), dtype=torch.float32)
         return Gradients(d_x, torch.zeros_like(phi), torch.zeros_like(alpha), torch.zeros_like(bias), none, d_f)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pipehc.kernels.backend import backend_of
+from pipehc.kernels.differentiation import matmul
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.mapping import Mapping
-from pipehc.kernels.shapes import NORM_EPS, check_devices, check_shape, check_streams, coefficient_dtype
+from pipehc.kernels.shapes import NORM_EPS, check_others, check_shape, check_streams, coefficient_dtype
 
 MAPS = ("pre", "post", "res")
 
@@ -32,15 +33,29 @@ def coefficients(
 
 
 def check_coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manifold, fixed: Collection[str]) -> None:
-    """ValueError unless shapes and devices fit each other and `fixed` names maps."""
+    """ValueError unless shapes, dtypes and devices fit each other, `manifold` is one and `fixed` names maps."""
+    check_manifold(manifold)
     _, n, channels = check_streams(x)
-    if not manifold.static:
-        check_shape(phi, manifold.phi_shape(n, channels), "phi")
-        check_shape(alpha, (3,), "alpha")
-        check_devices(x, phi=phi, alpha=alpha, scalar=manifold.scalar)
-    check_shape(bias, (n * n + 2 * n,), "bias")
-    check_devices(x, bias=bias)
-    unknown = sorted(set(fixed) - set(MAPS))
+    parameters = {"bias": bias} if manifold.static else {"phi": phi, "alpha": alpha, "bias": bias}
+    shapes = {"phi": manifold.phi_shape(n, channels), "alpha": (3,), "bias": (n * n + 2 * n,)}
+    for name, value in parameters.items():
+        check_shape(value, shapes[name], name)
+    check_others(x, manifold.scalar, **parameters)
+    check_fixed(fixed)
+
+
+def check_manifold(manifold: Manifold) -> None:
+    """ValueError, naming what there is, unless it is an instance of a manifold."""
+    if not isinstance(manifold, Manifold):
+        names = ", ".join(sorted(kind.__name__ for kind in Manifold.__subclasses__()))
+        raise ValueError(f"manifold={manifold!r}: must be an instance, as Birkhoff() is, of {names} of pipehc.kernels.manifolds")
+
+
+def check_fixed(fixed: Collection[str]) -> None:
+    """ValueError unless these are names of maps. A string is none, nor is an iterator, which could be read only once."""
+    if isinstance(fixed, str) or not isinstance(fixed, Collection):
+        raise ValueError(f"fixed={fixed!r}: must be a collection of names among {', '.join(MAPS)}, as in ('pre',)")
+    unknown = [name for name in fixed if name not in MAPS]
     if unknown:
         raise ValueError(f"fixed contains {unknown[0]!r}: must be among {', '.join(MAPS)}")
 
@@ -50,7 +65,7 @@ def coefficients_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain PyTorch: what the kernels are tested against."""
     tokens, n, _ = x.shape
-    dtype = coefficient_dtype(x, phi, alpha, bias)
+    dtype = coefficient_dtype(x)
     bias = bias.to(dtype)
     if manifold.static:
         logits = bias.expand(tokens, -1)
@@ -75,10 +90,11 @@ def _logits(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manif
     """[T, n*n + 2n]. Dividing by the norm comes after the product, which reads x once (paper, section 4.3.1)."""
     n = x.shape[1]
     if manifold.per_stream:
-        product = (x @ phi).mT.flatten(1)  # [T, n + 2, n]: entry (row of the map, stream) is column row * n + stream
+        # [T, n + 2, n]: entry (row of the map, stream) is column row * n + stream.
+        product = matmul(x.flatten(0, 1), phi).unflatten(0, (-1, n)).mT.flatten(1)
         inverse_rms = torch.rsqrt(x.square().mean(-1) + NORM_EPS).repeat(1, n + 2)
         product = torch.tanh(product * inverse_rms)
     else:
         flat = x.flatten(1)
-        product = (flat @ phi) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS)
+        product = matmul(flat, phi) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS)
     return torch.addcmul(bias, product, alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device)))

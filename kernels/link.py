@@ -30,7 +30,7 @@ class Link:
         self._state = _state(x)
         self._x = weakref.ref(x)
         self._claimed = False
-        self._delivery: tuple[Tensor, Tensor] | None = None
+        self._delivery: tuple[int, tuple[Tensor, Tensor]] | None = None
 
     def attach(self, *coefficients: Tensor) -> None:
         """Marks the tensors by which `claim` finds this link."""
@@ -40,12 +40,15 @@ class Link:
     def deliver(self, d_x_next: Tensor, f: Tensor) -> None:
         """Called in the backward of post_res: the gradient of x' [T, n, C] and f [T, C]."""
         assert self._claimed
-        self._delivery = (d_x_next, f)
+        self._delivery = (_backward_pass(), (d_x_next, f))
 
     def take(self) -> tuple[Tensor, Tensor] | None:
-        """Called in the backward of the coefficients: what post_res left, None if it took no part in this backward."""
+        """Called in the backward of the coefficients: what post_res left, None if it took no part in this backward.
+
+        What it left in another one that did not come to the coefficients is no part of this one's gradients.
+        """
         delivery, self._delivery = self._delivery, None
-        return delivery
+        return delivery[1] if delivery is not None and delivery[0] == _backward_pass() else None
 
     def _accepts(self, x: Tensor) -> bool:
         # A detached copy shares the storage but not the graph: it is a leaf, or has another root.
@@ -83,3 +86,9 @@ def _stream(x: Tensor) -> torch.cuda.Stream | None:
     """The stream that a backward will run on too. For gradients that it passes on itself, autograd orders streams and keeps memory
     from being used again too early; what a link delivers is none of these."""
     return torch.cuda.current_stream(x.device) if x.is_cuda else None
+
+
+def _backward_pass() -> int:
+    """Number of the backward that is running: one of each call of torch.autograd.backward or grad."""
+    number: int = torch._C._current_graph_task_id()
+    return number

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pipehc.kernels.backward import Incoming, launch_mapping_backward
+from pipehc.kernels.differentiation import once
 from pipehc.kernels.forward import launch_mapping
 from pipehc.kernels.link import Link, claim
 from pipehc.kernels.manifolds.base import Manifold
@@ -66,7 +66,7 @@ class Mapping(torch.autograd.Function):
         x = x.contiguous()
         previous = None
         if f is not None and h_post is not None and h_res is not None:
-            previous = (f.to(x.dtype).contiguous(), h_post.float().contiguous(), h_res.float().contiguous())
+            previous = (f.contiguous(), h_post.float().contiguous(), h_res.float().contiguous())
         parameters = tuple(p.float().contiguous() for p in (phi, alpha, bias))
         out = launch_mapping(x, previous, parameters, manifold, fixed, with_y)  # type: ignore[arg-type]
         mapped = out.get("x_next", x)
@@ -74,7 +74,14 @@ class Mapping(torch.autograd.Function):
         kept_x = x if previous is not None and before is None else None
         kept_f, kept_post, kept_res = previous if previous is not None else (None, None, None)
         ctx.save_for_backward(
-            mapped, *(out[name] for name in _SAVED), *parameters, kept_x, kept_f, kept_post, kept_res if before is None else None
+            mapped,
+            *(out[name] for name in _SAVED),
+            *parameters,
+            kept_x,
+            kept_f,
+            kept_post,
+            kept_res if before is None else None,
+            scalar,  # not read there, but if it has changed in between, autograd says so
         )
         ctx.manifold, ctx.fixed, ctx.before, ctx.ahead = manifold, fixed, before, ahead
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (f, h_post, h_res, phi, alpha, bias, scalar))
@@ -82,18 +89,17 @@ class Mapping(torch.autograd.Function):
         return out.get("x_next"), out.get("y"), out["h_pre"], out["h_post"], out["h_res"]
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         d_x_next, d_y, d_pre, d_post, d_res = (None if g is None else g.contiguous() for g in grads)
         mapped, *rest = ctx.saved_tensors
         saved = dict(zip(_SAVED, rest[: len(_SAVED)]))
-        phi, alpha, bias, x, f, h_post, h_res = rest[len(_SAVED) :]
+        phi, alpha, bias, x, f, h_post, h_res, _ = rest[len(_SAVED) :]
         deferred = ctx.ahead[0].take() if ctx.ahead else None
         incoming = Incoming(d_y, d_x_next, d_pre, d_post, d_res, deferred)
         linked = ctx.before is not None
-        got = launch_mapping_backward(
-            mapped, saved, (phi, alpha, bias), incoming, h_post if linked else None, ctx.manifold, ctx.fixed
-        )
+        before = (h_post, f.dtype) if linked else None
+        got = launch_mapping_backward(mapped, saved, (phi, alpha, bias), incoming, before, ctx.manifold, ctx.fixed)
         if f is None:
             previous: tuple[Tensor | None, ...] = (got.x, None, None, None)
         elif linked:

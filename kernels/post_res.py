@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pipehc.kernels.backend import backend_of
+from pipehc.kernels.differentiation import matmul, once
 from pipehc.kernels.language import launches, tl, triton
 from pipehc.kernels.link import Link, claim
 from pipehc.kernels.pre import launch_pre
-from pipehc.kernels.shapes import check_devices, check_shape, check_streams, coefficient_dtype
+from pipehc.kernels.shapes import check_others, check_shape, check_streams, coefficient_dtype
 from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
 
 
 def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """x' [T, n, C] in the dtype of x, from streams x [T, n, C], the sub-layer's output f [T, C], h_post [T, n] and h_res [T, n, n].
 
-    Stream i of the result is the sum over j of h_res[i, j] x[j], plus h_post[i] f, summed in fp32. In Triton, with H_post and H_res
+    Stream i of the result is the sum over j of h_res[i, j] x[j], plus h_post[i] f, summed in fp32; f may have another dtype than x,
+    as under autocast. In Triton, with H_post and H_res
     straight from `coefficients_pre` or `post_res_pre` of the same x, most of the backward is left to that operation (link.py).
     """
     check_post_res(x, f, h_post, h_res)
@@ -32,18 +33,18 @@ def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
 
 
 def check_post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> None:
-    """ValueError unless shapes and devices fit each other."""
+    """ValueError unless shapes, dtypes and devices fit each other."""
     tokens, n, channels = check_streams(x)
     check_shape(f, (tokens, channels), "f")
     check_shape(h_post, (tokens, n), "h_post")
     check_shape(h_res, (tokens, n, n), "h_res")
-    check_devices(x, f=f, h_post=h_post, h_res=h_res)
+    check_others(x, f=f, h_post=h_post, h_res=h_res)
 
 
 def post_res_reference(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """The same in plain PyTorch."""
-    dtype = coefficient_dtype(x, f, h_post, h_res)
-    mixed = torch.bmm(h_res.to(dtype), x.to(dtype))
+    dtype = coefficient_dtype(x)
+    mixed = matmul(h_res.to(dtype), x.to(dtype))
     return torch.addcmul(mixed, h_post.to(dtype).unsqueeze(-1), f.to(dtype).unsqueeze(1)).to(x.dtype)
 
 
@@ -104,7 +105,7 @@ def post_res_backward_kernel(
 
 @launches
 def launch_post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
-    """x' in one launch; all contiguous, coefficients in fp32, f in the dtype of x."""
+    """x' in one launch; all contiguous, coefficients in fp32."""
     tokens, n, channels = x.shape
     x_next = torch.empty_like(x)
     if tokens:
@@ -131,22 +132,22 @@ def launch_post_res_backward(
 class _PostRes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, link: Link | None) -> Tensor:
-        ctx.dtypes, ctx.link = (f.dtype, h_post.dtype, h_res.dtype), link
-        x, f, h_post, h_res = x.contiguous(), f.to(x.dtype).contiguous(), h_post.float().contiguous(), h_res.float().contiguous()
+        ctx.dtypes, ctx.link = (h_post.dtype, h_res.dtype), link
+        x, f, h_post, h_res = x.contiguous(), f.contiguous(), h_post.float().contiguous(), h_res.float().contiguous()
         # A link leaves x and H_res to the operation it is linked to.
         ctx.save_for_backward(*((f, h_post) if link is not None else (f, h_post, x, h_res)))
         return launch_post_res(x, f, h_post, h_res)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, d_x_next: Tensor) -> tuple[Tensor | None, ...]:
         d_x_next = d_x_next.contiguous()
         f, h_post, *rest = ctx.saved_tensors
-        dtype_f, dtype_post, dtype_res = ctx.dtypes
+        dtype_post, dtype_res = ctx.dtypes
         if ctx.link is None:
             x, h_res = rest
             d_x, d_f, d_post, d_res = launch_post_res_backward(d_x_next, x, f, h_post, h_res)
-            return d_x, d_f.to(dtype_f), d_post.to(dtype_post), d_res.to(dtype_res), None
-        d_f = launch_pre(d_x_next, h_post)  # f is one stream's worth of x': the same sum over streams
+            return d_x, d_f, d_post.to(dtype_post), d_res.to(dtype_res), None
+        d_f = launch_pre(d_x_next, h_post, f.dtype)  # f is one stream's worth of x': the same sum over streams
         ctx.link.deliver(d_x_next, f)
-        return None, d_f.to(dtype_f), None, None, None
+        return None, d_f, None, None, None

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pipehc.kernels.backend import backend_of
+from pipehc.kernels.differentiation import matmul, once
 from pipehc.kernels.language import launches, tl, triton
-from pipehc.kernels.shapes import check_devices, check_shape, check_streams, coefficient_dtype
+from pipehc.kernels.shapes import check_others, check_shape, check_streams, coefficient_dtype
 from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
 
 
@@ -19,7 +19,7 @@ def pre(x: Tensor, h_pre: Tensor) -> Tensor:
     """y [T, C] in the dtype of x: the sum of streams x [T, n, C] with weights h_pre [T, n], summed in fp32."""
     tokens, n, _ = check_streams(x)
     check_shape(h_pre, (tokens, n), "h_pre")
-    check_devices(x, h_pre=h_pre)
+    check_others(x, h_pre=h_pre)
     if backend_of(x, n) == "reference":
         return pre_reference(x, h_pre)
     y: Tensor = _Pre.apply(x, h_pre)
@@ -28,8 +28,8 @@ def pre(x: Tensor, h_pre: Tensor) -> Tensor:
 
 def pre_reference(x: Tensor, h_pre: Tensor) -> Tensor:
     """The same in plain PyTorch."""
-    dtype = coefficient_dtype(x, h_pre)
-    return torch.bmm(h_pre.to(dtype).unsqueeze(1), x.to(dtype)).squeeze(1).to(x.dtype)
+    dtype = coefficient_dtype(x)
+    return matmul(h_pre.to(dtype).unsqueeze(1), x.to(dtype)).squeeze(1).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -67,10 +67,11 @@ def pre_backward_kernel(x, h_pre, d_y, d_x, d_pre, T, C, n: tl.constexpr, BT: tl
 
 
 @launches
-def launch_pre(x: Tensor, h_pre: Tensor) -> Tensor:
-    """y in one launch; x [T, n, C] and h_pre [T, n] (fp32) contiguous. Also the gradient of f, from d_x' and H_post."""
+def launch_pre(x: Tensor, h_pre: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """y in one launch, in `dtype` or that of x; x [T, n, C] and h_pre [T, n] (fp32) contiguous. Also the gradient of f, from d_x'
+    and H_post."""
     tokens, n, channels = x.shape
-    y = x.new_empty(tokens, channels)
+    y = x.new_empty(tokens, channels, dtype=dtype)
     if tokens:
         block = block_channels(n)
         grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
@@ -99,7 +100,7 @@ class _Pre(torch.autograd.Function):
         return launch_pre(x, h_pre)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
         x, h_pre = ctx.saved_tensors
         d_x, d_pre = launch_pre_backward(x, h_pre, d_y.contiguous())

@@ -42,8 +42,8 @@ class Pair(NamedTuple):
 
 Cell = Action | Pair
 
-_ACTION = re.compile(r"(\d+)([FBIWR])(\d+)(?:@(\d+))?")
-_PAIR = re.compile(r"\(([^;]+);([^;)]+)\)OVERLAP_F_B")
+_ACTION = re.compile(r"(\d+)([FBIWR])(\d+)(?:@(\d+))?", re.IGNORECASE)
+_PAIR = re.compile(r"\(([^;]+);([^;)]+)\)OVERLAP_F_B", re.IGNORECASE)
 
 
 def actions_of(cell: Cell) -> tuple[Action, ...]:
@@ -58,7 +58,7 @@ def flatten(row: tuple[Cell, ...]) -> Iterator[Action]:
 
 
 def parse(text: str) -> Cell:
-    """The cell that `str` wrote. Raises ValueError, naming the text, if it is not one."""
+    """The cell that `str` wrote, in capitals or not. Raises ValueError, naming the text, if it is not one."""
     text = text.strip()
     if pair := _PAIR.fullmatch(text):
         forward, backward = (parse(half) for half in pair.groups())
@@ -68,4 +68,4 @@ def parse(text: str) -> Cell:
     if not (match := _ACTION.fullmatch(text)):
         raise ValueError(f"action {text!r}: must look like 2F7, 2B7, 2I7, 2W7, 2R7, 2F7@1 or (0F3;1B2)OVERLAP_F_B")
     stage, kind, microbatch, lane = match.groups()
-    return Action(kind, int(stage), int(microbatch), int(lane or 0))  # type: ignore[arg-type]
+    return Action(kind.upper(), int(stage), int(microbatch), int(lane or 0))  # type: ignore[arg-type]

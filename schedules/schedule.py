@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from pipehc.schedules.actions import Cell, flatten
-from pipehc.schedules.interchange import placement_of, read_rows, write_rows
+from pipehc.schedules.interchange import microbatches_of, placement_of, read_rows, write_rows
 from pipehc.schedules.placement import Placement
 
 
@@ -43,15 +43,14 @@ class Schedule:
 
     @staticmethod
     def from_csv(path: str | PathLike[str]) -> Schedule:
-        """Reads what `to_csv` or torch wrote; name, placement and number of micro-batches follow from the file.
+        """Reads what `to_csv`, torch or a spreadsheet wrote; name, placement and number of micro-batches follow from the file.
 
         Raises ValueError, naming file, line and cell, for anything else.
         """
         rows = read_rows(path)
         placement = placement_of(rows, path)
-        actions = [action for row in rows for action in flatten(row)]
-        microbatches = 1 + max(action.microbatch for action in actions)
-        return Schedule(Path(path).stem, placement, microbatches, rows, forward_only=all(a.kind == "F" for a in actions))
+        forward_only = all(action.kind == "F" for row in rows for action in flatten(row))
+        return Schedule(Path(path).stem, placement, microbatches_of(rows, path), rows, forward_only)
 
 
 def lane_microbatches(microbatches: int, lanes: int, lane: int) -> range:

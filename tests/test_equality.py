@@ -115,6 +115,41 @@ def test_the_whole_family_equals_one_process(tiny, reference, kind, name):
     assert gain > 1 - 1e-6 and (s < 1) == ("harmonized" in kind and gain > 1)
 
 
+def gradients_of_lambda(rank, path, overrides):
+    """Of one step, by name, with connections that treat streams unlike each other: their gradients are then large."""
+    from pipehc.data.batches import Sampler
+    from pipehc.trainer import Trainer
+
+    split = RandomSplit()
+    trainer = Trainer(load_config(path, overrides))
+    with torch.no_grad():
+        for model in trainer.models.values():
+            for name, parameter in model.named_parameters():
+                if name.endswith("connection.bias"):
+                    parameter += torch.linspace(-1, 1, len(parameter)).roll(4)
+    gradients = watch_gradients(trainer.optimizer)
+    trainer.step(1, split, Sampler(len(split), seed=3))
+    return {name: float(gradient) for name, gradient in gradients.items() if name.endswith("blend_logit")}
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
+def test_the_gradient_of_lambda_equals_that_of_one_process(tiny, name):
+    """Where all streams are equal, as they enter the model, it is 0, and where they nearly are it is what is left when large terms
+    cancel: there the comparison of all gradients allows more."""
+    (expected,) = run_ranks(gradients_of_lambda, 1, tiny, settings("hybrid"), timeout=240)
+    overrides = [f"schedule.name={name}", "parallel.pp=4", *settings("hybrid")]
+    found = run_ranks(gradients_of_lambda, 4, tiny, overrides, timeout=240)
+    assert {key for of_rank in found for key in of_rank} == expected.keys() and len(expected) == 16
+    first = min(expected, key=lambda key: abs(expected[key]))
+    assert "layers.0.attention" in first
+    for of_rank in found:
+        for key, gradient in of_rank.items():
+            if key == first:
+                assert abs(gradient) < 1e-3 * min(abs(g) for k, g in expected.items() if k != first)
+            else:
+                assert gradient == pytest.approx(expected[key], rel=1e-3, abs=0), key
+
+
 def settings(kind):
     return [*f"residual.kind={kind}".split(), "residual.target_gain=1"]
 

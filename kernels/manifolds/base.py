@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Settings(NamedTuple):
+    """What a configuration says about maps: each manifold takes what it has a use for."""
+
+    iterations: int = 20
+    condition: float = 1e4
+    static: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +25,17 @@ class Manifold(ABC):
     per_stream: ClassVar[bool] = False
     """False: logits = alpha * (x phi) / rms(x) + bias over the flat token, then sigmoids (mHC, eq. 7 and 8). True: every stream is
     normalised on its own, logits = alpha * tanh(x phi / rms(x)) + bias, used as they are (HC, eq. 5)."""
+
+    scalar_is: ClassVar[Literal["learned", "controlled"] | None] = None
+    """Whether the map's one scalar besides the logits is learned, as the sigmoid of a parameter, or set by feedback of the gain."""
+
+    static_form: ClassVar[bool] = False
+    """Whether there is a form whose coefficients do not depend on x."""
+
+    @classmethod
+    def of(cls, settings: Settings, scalar: Tensor | None) -> Manifold:
+        """The instance for a configuration and the present value of the scalar."""
+        return cls()
 
     @property
     def scalar(self) -> Tensor | None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pipehc.kernels.language import tl, triton
-from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.manifolds.base import Manifold, Settings
 from pipehc.kernels.matrices import diagonal, inside
 
 
@@ -22,8 +21,12 @@ class Birkhoff(Manifold):
     iterations: int = 20
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations}: must be at least 1")
+        if type(self.iterations) is not int or self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations!r}: must be a whole number, at least 1")
+
+    @classmethod
+    def of(cls, settings: Settings, scalar: Tensor | None) -> Birkhoff:
+        return cls(settings.iterations)
 
     @property
     def device_functions(self) -> tuple[Any, Any]:
@@ -43,7 +46,8 @@ class Birkhoff(Manifold):
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """Saves the logits alone. Works on [rows, columns, matrices], where sums over rows or columns run along whole vectors."""
+    """Saves the logits alone, from which backward computes all it needs, so that it can be differentiated again. Works on
+    [rows, columns, matrices], where sums over rows or columns run along whole vectors."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, iterations: int) -> Tensor:
@@ -53,7 +57,6 @@ class _Sinkhorn(torch.autograd.Function):
         return m.permute(2, 0, 1).contiguous().view(logits.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         m, after_columns, sums = _iterate(_matrices_last(logits), ctx.iterations, keep_sums=True)

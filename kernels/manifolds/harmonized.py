@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pipehc.kernels.language import tl, triton
-from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.manifolds.base import Manifold, Settings
 from pipehc.kernels.matrices import diagonal
+from pipehc.kernels.shapes import check_shape
 
 STATIC_SCALE = 0.05
 """Static form: H_raw = I + 0.05 * logits."""
@@ -26,8 +27,18 @@ class Harmonized(Manifold):
     """
 
     per_stream: ClassVar[bool] = True
+    scalar_is: ClassVar = "controlled"
+    static_form: ClassVar[bool] = True
     s: Tensor
     unconditioned: bool = False
+
+    def __post_init__(self) -> None:
+        check_shape(self.s, (), "s")
+
+    @classmethod
+    def of(cls, settings: Settings, scalar: Tensor | None) -> Harmonized:
+        assert scalar is not None
+        return cls(scalar, settings.static)
 
     @property
     def scalar(self) -> Tensor:

@@ -4,25 +4,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pipehc.kernels.language import tl, triton
-from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.manifolds.base import Manifold, Settings
 from pipehc.kernels.manifolds.birkhoff import Birkhoff, sinkhorn, sinkhorn_backward
 from pipehc.kernels.manifolds.isometric import Isometric, retract, retract_backward
 from pipehc.kernels.matrices import total
+from pipehc.kernels.shapes import check_shape
 
 
 @dataclass(frozen=True, eq=False)
 class Hybrid(Manifold):
     """H_res = (1 - lambda) H_iso + lambda H_birk of the same logits; `blend` is lambda in [0, 1], shape [], learnable."""
 
+    scalar_is: ClassVar = "learned"
     blend: Tensor
     birkhoff: Birkhoff = field(default_factory=Birkhoff)
     isometric: Isometric = field(default_factory=Isometric)
+
+    def __post_init__(self) -> None:
+        check_shape(self.blend, (), "blend")
+        for name, kind in (("birkhoff", Birkhoff), ("isometric", Isometric)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be an instance of {kind.__name__}")
+
+    @classmethod
+    def of(cls, settings: Settings, scalar: Tensor | None) -> Hybrid:
+        assert scalar is not None
+        return cls(scalar, Birkhoff.of(settings, None), Isometric.of(settings, None))
 
     @property
     def scalar(self) -> Tensor:

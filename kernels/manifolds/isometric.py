@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pipehc.kernels.differentiation import matmul
 from pipehc.kernels.language import tl, triton
-from pipehc.kernels.manifolds.base import Manifold
+from pipehc.kernels.manifolds.base import Manifold, Settings
 from pipehc.kernels.matrices import inside, product, total, transposed
 
 NORM_EPS = 1e-20
@@ -35,10 +35,14 @@ class Isometric(Manifold):
     condition: float = 1e4
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.condition <= 1e8:
-            raise ValueError(f"condition={self.condition}: must lie in [1, 1e8]")
+        if isinstance(self.condition, bool) or not isinstance(self.condition, int | float) or not 1.0 <= self.condition <= 1e8:
+            raise ValueError(f"condition={self.condition!r}: must lie in [1, 1e8]")
 
-    @cached_property
+    @classmethod
+    def of(cls, settings: Settings, scalar: Tensor | None) -> Isometric:
+        return cls(settings.condition)
+
+    @property
     def steps(self) -> tuple[tuple[float, float], ...]:
         """(a, b) of every step."""
         return cubic_steps(self.condition)
@@ -66,6 +70,7 @@ def lowest(condition: float) -> float:
     return HIGHEST / (condition * 4.0)
 
 
+@cache
 def cubic_steps(condition: float) -> tuple[tuple[float, float], ...]:
     """Coefficients (a, b) of steps a x - b x^3 that take [lowest(condition), HIGHEST] to 1.
 
@@ -87,8 +92,9 @@ def cubic_steps(condition: float) -> tuple[tuple[float, float], ...]:
 
 
 class _Retract(torch.autograd.Function):
-    """Backward through the steps, whose iterates are recomputed. The direction of 1 is kept in X with singular value 1, so that
-    rounding in that direction is corrected like everywhere else instead of growing with the steps."""
+    """Backward through the steps, whose iterates are recomputed from the logits, so that it can be differentiated again. The
+    direction of 1 is kept in X with singular value 1, so that rounding in that direction is corrected like everywhere else instead
+    of growing with the steps."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, steps: tuple[tuple[float, float], ...]) -> Tensor:
@@ -96,21 +102,20 @@ class _Retract(torch.autograd.Function):
         ctx.steps = steps
         x = _start(_centred(logits))
         for a, b in steps:
-            x = a * x - b * (x @ (x.mT @ x))
+            x = a * x - b * matmul(x, matmul(x.mT, x))
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         centred = _centred(logits)
         iterates = [_start(centred)]
         for a, b in ctx.steps[:-1]:
             x = iterates[-1]
-            iterates.append(a * x - b * (x @ (x.mT @ x)))
+            iterates.append(a * x - b * matmul(x, matmul(x.mT, x)))
         for (a, b), x in zip(reversed(ctx.steps), reversed(iterates)):
-            w = x.mT @ grad
-            grad = a * grad - b * (grad @ (x.mT @ x) + x @ (w + w.mT))
+            w = matmul(x.mT, grad)
+            grad = a * grad - b * (matmul(grad, matmul(x.mT, x)) + matmul(x, w + w.mT))
         # X_0 = HIGHEST A / |A| + const, with A the centred logits.
         norm = _norm(centred)
         grad = _centred(grad)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipehc import kernels
 from pipehc.kernels import manifolds
-
-Kind = Literal["hc", "mhc", "isohc", "hybrid", "harmonized"]
-KINDS: tuple[str, ...] = get_args(Kind)
+from pipehc.kernels.coefficients import check_fixed
+from pipehc.kernels.manifolds import KINDS
 
 PHI_STD = 0.02
 """Standard deviation of phi at initialisation, as for the linear layers around it."""
@@ -33,7 +33,7 @@ class HyperConnection(nn.Module):
         self,
         hidden_size: int,
         streams: int = 4,
-        kind: Kind = "mhc",
+        kind: str = "mhc",
         *,
         alpha: float = 0.01,
         iterations: int = 20,
@@ -42,22 +42,30 @@ class HyperConnection(nn.Module):
         fixed: Collection[str] = (),
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
-        if hidden_size < 1 or streams < 1:
-            raise ValueError(f"hidden_size={hidden_size}, streams={streams}: both must be at least 1")
-        if static and kind != "harmonized":
-            raise ValueError(f"static=True with kind={kind!r}: only harmonized has a static form")
+        for name, size in (("hidden_size", hidden_size), ("streams", streams)):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}={size!r}: must be a whole number, at least 1")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"alpha={alpha!r}: must be a finite number")
+        check_fixed(fixed)
+        family = KINDS[kind]
+        if static and not family.static_form:
+            known = ", ".join(name for name, other in KINDS.items() if other.static_form)
+            raise ValueError(f"static=True with kind={kind!r}: only {known} has a static form")
         self.hidden_size, self.streams, self.kind, self.fixed = hidden_size, streams, kind, tuple(fixed)
         self.initial_alpha: float = alpha
         self.track = False
         self._h_res_sum: Tensor | None = None
         self._tokens = 0
         self.static = static
-        self._birkhoff, self._isometric = manifolds.Birkhoff(iterations), manifolds.Isometric(condition)
-        if kind == "hybrid":
+        # Both are checked whatever the kind: a wrong number is a mistake where it does not count, too.
+        manifolds.Birkhoff(iterations), manifolds.Isometric(condition)
+        self._settings_of_maps = manifolds.Settings(iterations, condition, static)
+        if family.scalar_is == "learned":
             self.blend_logit = nn.Parameter(torch.empty(()))
-        if kind == "harmonized":
+        if family.scalar_is == "controlled":
             self.register_buffer("s", torch.ones(()))
             self.register_buffer("gain_average", torch.zeros(()))  # 0: no gain was seen yet
         manifold = self.manifold
@@ -70,17 +78,12 @@ class HyperConnection(nn.Module):
     @property
     def manifold(self) -> manifolds.Manifold:
         """The map from logits to H_res, with the present value of its scalar."""
-        match self.kind:
-            case "mhc":
-                return self._birkhoff
-            case "isohc":
-                return self._isometric
-            case "hybrid":
-                return manifolds.Hybrid(torch.sigmoid(self.blend_logit), self._birkhoff, self._isometric)
-            case "harmonized":
-                return manifolds.Harmonized(self.get_buffer("s"), self.static)
-            case _:
-                return manifolds.IdentityOffset()
+        family, scalar = KINDS[self.kind], None
+        if family.scalar_is == "learned":
+            scalar = torch.sigmoid(self.blend_logit)
+        if family.scalar_is == "controlled":
+            scalar = self.get_buffer("s")
+        return family.of(self._settings_of_maps, scalar)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -89,7 +92,7 @@ class HyperConnection(nn.Module):
             self.phi.normal_(0.0, PHI_STD, generator=generator)
             self.alpha.fill_(self.initial_alpha)
         self.bias.copy_(self.manifold.initial_bias(self.streams))
-        if self.kind == "hybrid":
+        if KINDS[self.kind].scalar_is == "learned":
             self.blend_logit.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperConnection:

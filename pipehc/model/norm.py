@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -19,17 +18,23 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        scale = _scale(wide, eps)
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         return (wide * scale * weight).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: a second derivative needs to see where it comes from
+            scale = _scale(x.to(scale.dtype), ctx.eps)
         normed = x.to(scale.dtype) * scale
         wide = dy.to(scale.dtype)
         dn = wide * weight
         dx = (dn - normed * (dn * normed).mean(-1, keepdim=True)) * scale
         dw = (wide * normed).flatten(0, -2).sum(0)
         return dx.to(x.dtype), dw.to(weight.dtype), None
+
+
+def _scale(wide: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

@@ -100,5 +100,5 @@ def test_kernel_of_far_apart_logits():
 
 
 def test_no_iterations_are_refused():
-    with pytest.raises(ValueError, match="iterations=0: must be at least 1"):
+    with pytest.raises(ValueError, match="iterations=0: must be a whole number, at least 1"):
         Birkhoff(0)

@@ -171,7 +171,7 @@ def test_choice_of_backend_is_checked():
     with backend("cuda"), pytest.raises(ValueError, match="PIPEHC_KERNELS='cuda': must be 'triton' or 'reference'"):
         coefficients(x, *parameters, manifold=Birkhoff())
     with backend("triton"), pytest.raises(ValueError, match=r"n=3 streams of 4 channels in torch\.float64"):
-        coefficients(x.double(), *parameters, manifold=Birkhoff())
+        coefficients(x.double(), *(p.double() for p in parameters), manifold=Birkhoff())
     wide, h_pre = torch.empty(0, 2, 2**20 + 1), torch.empty(0, 2)
     with backend("triton"), pytest.raises(ValueError, match=r"1048577 channels .* C <= 1048576"):
         pre(wide, h_pre)

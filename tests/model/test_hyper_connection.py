@@ -3,12 +3,16 @@
 import copy
 import itertools
 import sys
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from kernel_cases import DEVICE, backend, relative_error
 
+from pipehc.config.schema import ResidualConfig
 from pipehc.model.hyper_connection import KINDS, HyperConnection, composite, composite_gain, contract, expand
+from pipehc.planning.parameters import hyper_connection
 
 S, B, C, N = 5, 3, 12, 4
 
@@ -139,6 +143,15 @@ def test_static_form_has_no_projection():
         ({"iterations": 0}, ["iterations=0", "at least 1"]),
         ({"static": True}, ["static=True", "harmonized"]),
         ({"condition": 0.5}, ["condition=0.5", "[1, 1e8]"]),
+        ({"kind": "birkhoff"}, ["kind='birkhoff'", "hc, mhc, isohc, hybrid, harmonized"]),
+        ({"kind": None}, ["kind=None", "mhc"]),
+        ({"kind": ["mhc"]}, ["kind=['mhc']", "mhc"]),
+        ({"streams": 2.0}, ["streams=2.0", "whole number"]),
+        ({"hidden_size": "12"}, ["hidden_size='12'", "whole number"]),
+        ({"alpha": "0.01"}, ["alpha='0.01'", "number"]),
+        ({"alpha": float("nan")}, ["alpha=nan", "finite"]),
+        ({"fixed": "pre"}, ["fixed='pre'", "pre, post, res"]),
+        ({"kind": "isohc", "iterations": 2.5}, ["iterations=2.5", "whole number"]),
     ],
 )
 def test_bad_arguments_are_named(arguments, words):
@@ -164,7 +177,36 @@ def test_bad_tensors_are_named():
 
 def test_unknown_fixed_map_is_named():
     with pytest.raises(ValueError, match="fixed contains 'all'"):
-        make(fixed=("all",)).coefficients(torch.randn(S, B, N * C))
+        make(fixed=("all",))
+
+
+def test_yaml_and_planner_know_every_kind():
+    """The two places that know no torch, and so not the registry of maps."""
+    assert get_args(ResidualConfig.model_fields["kind"].annotation) == ("none", *KINDS)
+    for kind, family in KINDS.items():
+        for static in {False, family.static_form}:
+            settings = SimpleNamespace(kind=kind, streams=N, static=static)
+            config = SimpleNamespace(residual=settings, model=SimpleNamespace(hidden_size=C))
+            assert hyper_connection(config) == sum(p.numel() for p in make(kind, static=static).parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backward_too", [False, True])
+def test_autocast_changes_no_bit(kind, backward_too):
+    """Of a sub-layer of fp32 streams, and of its parameters' gradients, where F is not under autocast."""
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        hc, x = make(kind, alpha=0.5), torch.randn(S, B, N * C, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y, h_post, h_res = hc.coefficients_pre(x)
+            out = contract(hc.post_res(x, torch.tanh(y), h_post, h_res), N)
+            if backward_too:
+                out.square().sum().backward()
+        if not backward_too:
+            out.square().sum().backward()
+        found.append([y, h_post, h_res, out, x.grad, *(p.grad for p in hc.parameters())])
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("fixed", [c for r in range(1, 4) for c in itertools.combinations(("pre", "post", "res"), r)])

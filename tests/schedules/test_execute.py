@@ -56,8 +56,8 @@ def test_equals_one_process(ranks):
                 losses |= loss
         assert losses == pytest.approx(expected[-1].losses, rel=1e-13)
         for stage in range(stages):
-            error = (grads[stage] - expected[stage].grad).norm() / expected[stage].grad.norm().clamp_min(1)
-            assert error < 1e-12, (name, microbatches, stage)
+            error = (grads[stage] - expected[stage].grad).norm()
+            assert error <= 1e-12 * expected[stage].grad.norm(), (name, microbatches, stage)  # both 0 if forward only
 
 
 def test_one_rank_needs_no_messages():
@@ -65,7 +65,7 @@ def test_one_rank_needs_no_messages():
     for case, (name, microbatches) in enumerate([("1f1b", 3), ("dualpipev", 4)]):
         for (_, stage), (grad, _) in results[0][case].items():
             expected = reference(2 if name == "dualpipev" else 1, microbatches)[stage].grad
-            assert torch.allclose(grad, expected, rtol=1e-12)
+            assert (grad - expected).norm() < 1e-12 * expected.norm()
 
 
 def wrong_shape(rank):
@@ -147,4 +147,4 @@ def test_pairs_are_given_to_stages_that_can_overlap(name, split):
             if what == "output" and index + 1 < stages and not (name == "dualpipev" and index == ranks - 1):
                 assert following == [("send", "activation", microbatch)]
     for stage in range(stages):
-        assert torch.allclose(grads[stage], expected[stage].grad, rtol=1e-12)
+        assert (grads[stage] - expected[stage].grad).norm() < 1e-12 * expected[stage].grad.norm()

@@ -63,7 +63,7 @@ def test_a_thousand_schedules_run_to_equal_gradients():
             for stage, grad in per_rank[index]:
                 total[stage] += grad
         for found, wanted in zip(total, expected(stages, schedule.microbatches), strict=True):
-            assert (found - wanted).norm() <= 1e-12 * wanted.norm().clamp_min(1), str(schedule)
+            assert (found - wanted).norm() <= 1e-12 * wanted.norm(), str(schedule)
         kinds.add((schedule.name, schedule.placement.kind, overlap))
     assert len(kinds) > 30
 
@@ -126,4 +126,4 @@ def test_nodes_and_queues_of_real_stages_run_to_equal_gradients():
                     total[stage][name] = total[stage][name] + gradient
         for found, reference_of_stage in zip(total, wanted, strict=True):
             for name, gradient in reference_of_stage.items():
-                assert (found[name] - gradient).norm() <= 3e-5 * gradient.norm() + 1e-6, (name, str(schedule))
+                assert (found[name] - gradient).norm() <= 3e-5 * gradient.norm(), (name, str(schedule))
