@@ -6,25 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
+from data_cases import TEXT, train_tokenizer
 
 from pipehc.data.tokenizer import open_tokenizer, token_dtype
-
-TEXT = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(add(i, i))\n", "naïve café – ключ\n"] * 20
-
-
-def train(path: Path, special_tokens: list[str], **post) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXT, tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False))
-    if post.get("truncate"):
-        tokenizer.enable_truncation(4)
-        tokenizer.enable_padding(length=64)
-    tokenizer.save(str(path))
-    return tokenizer
 
 
 def test_bytes_are_tokens() -> None:
@@ -35,7 +19,7 @@ def test_bytes_are_tokens() -> None:
 
 
 def test_hugging_face_file_round_trip(tmp_path: Path) -> None:
-    reference = train(tmp_path / "tokenizer.json", ["<|endoftext|>"])
+    reference = train_tokenizer(tmp_path / "tokenizer.json", ["<|endoftext|>"])
     tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
     encoded = list(tokenizer.encode(text.encode() for text in TEXT * 3))  # several batches
     assert [reference.decode(ids.tolist()) for ids in encoded] == TEXT * 3
@@ -45,14 +29,14 @@ def test_hugging_face_file_round_trip(tmp_path: Path) -> None:
 
 
 def test_what_is_not_utf8_is_replaced_and_the_rest_survives(tmp_path: Path) -> None:
-    reference = train(tmp_path / "tokenizer.json", [])
+    reference = train_tokenizer(tmp_path / "tokenizer.json", [])
     [ids] = open_tokenizer(str(tmp_path / "tokenizer.json")).encode([b"ok \xff\xfe ok"])
     assert reference.decode(ids.tolist()) == "ok \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER} ok"
 
 
 def test_truncation_and_padding_asked_for_by_the_file_are_ignored(tmp_path: Path) -> None:
-    train(tmp_path / "plain.json", [])
-    train(tmp_path / "cutting.json", [], truncate=True)
+    train_tokenizer(tmp_path / "plain.json", [])
+    train_tokenizer(tmp_path / "cutting.json", [], truncate=True)
     documents = [text.encode() for text in TEXT]
     plain, cutting = (list(open_tokenizer(str(tmp_path / name)).encode(documents)) for name in ("plain.json", "cutting.json"))
     assert all(np.array_equal(a, b) for a, b in zip(plain, cutting))
@@ -60,7 +44,7 @@ def test_truncation_and_padding_asked_for_by_the_file_are_ignored(tmp_path: Path
 
 @pytest.mark.parametrize("declared", ["<stop>", {"content": "<stop>", "lstrip": False}])
 def test_end_of_document_is_what_the_configuration_beside_the_file_names(tmp_path: Path, declared: object) -> None:
-    reference = train(tmp_path / "tokenizer.json", ["</s>", "<stop>"])
+    reference = train_tokenizer(tmp_path / "tokenizer.json", ["</s>", "<stop>"])
     name = str(tmp_path / "tokenizer.json")
     before = open_tokenizer(name)
     assert before.end_of_document == reference.token_to_id("</s>")
@@ -71,7 +55,7 @@ def test_end_of_document_is_what_the_configuration_beside_the_file_names(tmp_pat
 
 
 def test_end_of_document_may_be_unknown(tmp_path: Path) -> None:
-    train(tmp_path / "tokenizer.json", ["[PAD]"])
+    train_tokenizer(tmp_path / "tokenizer.json", ["[PAD]"])
     (tmp_path / "tokenizer_config.json").write_text("{broken")
     assert open_tokenizer(str(tmp_path / "tokenizer.json")).end_of_document is None
 
@@ -86,7 +70,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path / "tokenizer.json", [])
+    train_tokenizer(tmp_path / "tokenizer.json", [])
     real = builtins.__import__
 
     def without_tokenizers(name: str, *rest, **more):
