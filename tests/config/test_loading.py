@@ -64,6 +64,7 @@ class TestData:
             (self._config(kind="megatron", paths=f"[{tmp_path}/half]"), ["data.paths", "half.idx", ".bin/.idx"]),
             (self._config(tokenizer=f"{tmp_path}/t.json"), ["data.tokenizer", "t.json", "'bytes'"]),
             (load_config(DEMO, ["checkpoint.resume=latest"]), ["checkpoint.resume", "'latest'", "auto, never"]),
+            (load_config(DEMO, ["checkpoint.weights=latest"]), ["checkpoint.weights", "'latest'", "null or the folder"]),
             (load_config(DEMO, [f"run.folder={tmp_path}/a.dat/run"]), ["run.folder", "a.dat is a file"]),
         ]
         for config, words in cases:
@@ -109,6 +110,7 @@ def test_home_folders_are_expanded_wherever_a_place_is_named(monkeypatch: pytest
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("text")
     places = ["data.paths=['~/text', a~b]", "run.folder=~/run", "data.tokenizer=~/t.json", "checkpoint.resume=~/c"]
+    assert load_config(DEMO, ["checkpoint.weights=~/w"]).checkpoint.weights == f"{tmp_path}/w"
     config = load_config(DEMO, places)
     assert config.data.paths == (f"{tmp_path}/text", "a~b") and config.data.tokenizer == f"{tmp_path}/t.json"
     assert config.run.folder == f"{tmp_path}/run" and config.checkpoint.resume == f"{tmp_path}/c"

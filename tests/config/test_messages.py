@@ -102,6 +102,12 @@ BROKEN: list[tuple[str, list[str]]] = [
     ("optimizer.warmup_steps=301", ["optimizer.warmup_steps", "301", "at most train.steps = 200"]),
     ("optimizer.decay=[[0.9,0.3],[0.9,0.1]]", ["optimizer.decay", "[0.9, 0.9]", "must increase"]),
     ("data.kind=megatron", ["data.paths", "[]", "at least one prefix"]),
+    ("checkpoint.weights=a checkpoint.resume=b", ["checkpoint.weights", "'a'", "checkpoint.resume", "'b'", "one of the two"]),
+    ("data.end_of_document=x", ["data.end_of_document", "'x'", "must be null with data.tokenizer bytes"]),
+    ("data.end_of_document=x data.kind=megatron", ["data.end_of_document", "must be null with data.kind megatron"]),
+    ("checkpoint.allow_changes=[residual.exti]", ["checkpoint.allow_changes", "'residual.exti'", "did you mean residual.exit?"]),
+    ("checkpoint.allow_changes=[train.steps]", ["checkpoint.allow_changes", "'train.steps'", "needs no permission"]),
+    ("checkpoint.allow_changes=residual.exit", ["checkpoint.allow_changes", "'residual.exit'", "must be a list"]),
 ]
 
 

@@ -1,5 +1,6 @@
 """Samples of text against its documents, in several processes, with and without a slow tokenizer."""
 
+import json
 import os
 import random
 from pathlib import Path
@@ -156,6 +157,26 @@ def test_tokenized_text_is_kept_and_follows_its_sources(tmp_path: Path, monkeypa
     changed = open_([tmp_path / "text"], tmp_path / "cache", **options)
     assert changed.info.fingerprint != first.info.fingerprint
     assert changed.train[0].tolist()[:5] == reference.encode("something else entirely").ids[:5]
+
+
+def test_documents_joined_without_a_token_are_told_and_a_word_without_one_is_named_with_its_file(tmp_path: Path) -> None:
+    write_documents(tmp_path / "text")
+    train_tokenizer(tmp_path / "tokenizer.json", ["[PAD]"])
+    options: dict[str, Any] = {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_size": 300, "validation_fraction": 0.0}
+    joined = open_([tmp_path / "text"], tmp_path / "cache", **options)
+    chosen = open_([tmp_path / "text"], tmp_path / "cache", **options, end_of_document="[PAD]")
+    assert joined.info.joined and not chosen.info.joined and not open_([tmp_path / "text"], tmp_path / "cache").info.joined
+    assert joined.info.fingerprint != chosen.info.fingerprint and joined.info.vocabulary != chosen.info.vocabulary
+    drawn = [token for i in range(len(chosen.train)) for token in chosen.train[i].tolist()[:-1]]
+    assert drawn.count(0) == 59  # [PAD] is the first token; the last of 60 is beyond the last whole sample
+
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    (tmp_path / "words.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    for name, text in (("1.txt", "a"), ("2.txt", "strange"), ("3.txt", "a")):
+        (tmp_path / "few").mkdir(exist_ok=True)
+        (tmp_path / "few" / name).write_text(text)
+    with pytest.raises(ValueError, match=r"data\.tokenizer: .*words\.json' has no token for 'strange'.* \(in 2\.txt\)"):
+        open_([tmp_path / "few"], tmp_path / "cache", **{**options, "tokenizer": str(tmp_path / "words.json")})
 
 
 def _open_and_digest(rank: int, barrier, root: Path, options: list[dict]) -> list[str]:
