@@ -68,7 +68,8 @@ def choose(config: Config, checkpoints: Checkpoints, data: DataInfo, ranks: Rank
     try:
         job = ranks.on_main(job_id)
         anew = config.checkpoint.resume == "never" and job is None
-        ranks.on_main(lambda: anew or _check_link(config, checkpoints.folder))
+        if config.checkpoint.resume != "never":
+            ranks.on_main(lambda: _check_link(config, checkpoints.folder))
         newest = None if anew else checkpoints.newest()
         return ranks.on_main(lambda: _choose(config, newest, data, job))
     except ValueError as error:
