@@ -17,10 +17,9 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -38,11 +37,9 @@ from pipehc.config.strict_yaml import ConfigError
 from pipehc.data.batches import Sampler, Splits, open_splits
 from pipehc.planning import parameters
 from pipehc.planning.activations import as_metrics, describe
-from pipehc.watch.metrics import METRICS, Reporter
-from pipehc.watch.run_folder import RunFolder, set_aside
-
-if TYPE_CHECKING:
-    from pipehc.trainer import Trainer
+from pipehc.resume import Start, choose, load, make_room
+from pipehc.watch.metrics import Reporter
+from pipehc.watch.run_folder import RunFolder
 
 _SHOW_CURSOR = b"\x1b[?25h\n"  # the progress bar hides it, and nobody else shows it again when a signal ends the process
 
@@ -135,23 +132,21 @@ def train(config: Config, progress: Progress) -> None:
     report = folder / "watchdog" / f"rank{ranks.rank:05}.txt"
     progress.watchdog = watchdog = Watchdog(report, config.runtime.timeout_s, progress.expire, progress.stop)
     splits = _open_data(config, folder, ranks)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, layout=_layout(config))
+    progress.doing = "while choosing a checkpoint"
+    begin = choose(config, checkpoints, splits.info, ranks)
     progress.doing = "while building the model"
     trainer = Trainer(config)
     watchdog.watch(trainer.mailbox)
     trainer.observers += [watchdog, Markers()] if config.trace.nvtx else [watchdog]
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, layout=_layout(config))
     progress.doing = "while loading a checkpoint"
-    start, source = _resume(config, trainer, checkpoints, splits)
-    other_run = source is None or checkpoints.folder.resolve() not in source.resolve().parents
-    if config.checkpoint.resume != "auto" and other_run:
-        # What an earlier run left here must not be pruned as old checkpoints of this one.
-        for path in (checkpoints.folder, folder / METRICS):
-            ranks.on_main(partial(set_aside, path))
+    start = load(begin, checkpoints, trainer)
+    make_room(begin, config, checkpoints, ranks)
     sampler = Sampler(len(splits.train), train.seed)
 
     _warn()
     with Reporter(folder, train.steps, start, config.run.tensorboard, ranks.is_main, to_yaml(config)) as reporter:
-        reporter.say(_greeting(config, splits, start, source, dist.get_world_size()))
+        reporter.say(_greeting(config, splits, begin, start, dist.get_world_size()))
 
         def evaluate(step: int) -> None:
             progress.doing = f"in the evaluation after step {step}"
@@ -187,6 +182,8 @@ def train(config: Config, progress: Progress) -> None:
                 progress.doing = f"while saving the checkpoint of step {step}"
                 extra = {
                     "data": splits.info.fingerprint,
+                    "vocabulary": splits.info.vocabulary,
+                    "starts": begin.state(),
                     "samples": trainer.samples_seen,
                     "feedback": trainer.feedback.state(),
                     "config": to_yaml(config),
@@ -212,7 +209,7 @@ def _warn() -> None:
         say_once("\n".join(f"pipehc: warning: {text}" for text in found), "overlap")
 
 
-def _greeting(config: Config, splits: Splits, start: int, source: Path | None, world: int) -> str:
+def _greeting(config: Config, splits: Splits, begin: Start, start: int, world: int) -> str:
     """What is trained, on what, from where."""
     info, residual = splits.info, config.residual
     streams = f"{residual.kind} over {residual.streams} streams" if residual.kind != "none" else "plain residual"
@@ -222,8 +219,11 @@ def _greeting(config: Config, splits: Splits, start: int, source: Path | None, w
         f"{info.documents:,} documents, {info.train_samples:,} training and {info.validation_samples:,} validation samples "
         f"({info.tokenizer})",
     ]
-    if source:
-        lines.append(f"going on after step {start} of {config.train.steps}, from {source}")
+    if info.joined:
+        lines.append("documents are joined without a token between them: the tokenizer names none; data.end_of_document can")
+    if start:
+        lines.append(f"going on after step {start} of {config.train.steps}, from {begin.path}")
+    lines += begin.notes
     if start >= config.train.steps:
         lines.append("nothing left to train: raise train.steps, or start anew with checkpoint.resume=never or another run.folder")
     return "\n".join(lines)
@@ -242,6 +242,7 @@ def _open_data(config: Config, folder: Path, ranks: Ranks) -> Splits:
                     paths=data.paths,
                     suffixes=data.suffixes,
                     tokenizer=data.tokenizer,
+                    end_of_document=data.end_of_document,
                     validation_fraction=data.validation_fraction,
                     sequence_length=train.sequence_length,
                     vocab_size=config.model.vocab_size,
@@ -260,27 +261,6 @@ def _open_data(config: Config, folder: Path, ranks: Ranks) -> Splits:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return opened[0]
-
-
-def _resume(config: Config, trainer: Trainer, checkpoints: Checkpoints, splits: Splits) -> tuple[int, Path | None]:
-    """Loads the checkpoint that the configuration asks for, if there is one. Returns the number of steps done, and its folder."""
-    wish = config.checkpoint.resume
-    path = None if wish == "never" else checkpoints.newest() if wish == "auto" else Path(wish)
-    if path is None:
-        return 0, None
-    try:
-        restored = checkpoints.load(path, trainer.state())
-    except ValueError as error:
-        raise ConfigError(f"checkpoint.resume: {wish!r}: {error}") from error
-    if restored.extra["data"] != splits.info.fingerprint:
-        raise ConfigError(f"checkpoint.resume: {wish!r}: {path} was trained on other data; set checkpoint.resume or run.folder")
-    if restored.rank_state is not None:
-        torch.set_rng_state(restored.rank_state["rng"])
-    trainer.after_load()
-    trainer.samples_seen = restored.extra["samples"]
-    trainer.feedback.load(restored.extra["feedback"])
-    trainer.apply_feedback()
-    return restored.step, path
 
 
 def _layout(config: Config) -> str:

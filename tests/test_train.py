@@ -96,6 +96,11 @@ def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
     assert "going on after step 4" in resumed.stdout
     assert losses(part) == losses(tmp_path / "whole")
 
+    other_model = train(config, f"run.folder={part}", "residual.exit=sum", "train.steps=7")
+    ours = our_part(other_model.stderr)
+    assert ours.count("configuration error") == 1 and "residual.exit: 'mean' in the checkpoint, now 'sum'" in ours, ours
+    assert "exitcode  : 2" in other_model.stderr and "Traceback" not in ours and losses(part) == losses(tmp_path / "whole")
+
     checkpoint = next(path for path in (tmp_path / "whole" / "checkpoints").iterdir() if path.name.endswith("4"))
     for processes, overrides in ((2, ["schedule.name=1f1b"]), (1, ["schedule.name=1f1b", "parallel.pp=1"])):
         folder = tmp_path / f"over-{processes}"
@@ -155,6 +160,62 @@ def test_a_new_start_sets_aside_what_lies_there(write, tmp_path):
     assert result.returncode == 0 and "going on after step 2 of 4" in result.stdout
     assert (folder / "checkpoints-2" / "step-00000002").is_dir() and (folder / "metrics-2.jsonl").exists()
     assert list(losses(folder)) == [3, 4]
+
+
+def test_weights_alone_start_a_training_of_their_own(write, tmp_path):
+    """The first evaluation is the last of the other run, whatever the optimizer, the order and the length of samples will be."""
+    alone = ["schedule.name=1f1b", "parallel.pp=1", "train.steps=2", "evaluation.interval=2"]
+    config = write()
+    assert train(config, *alone, processes=1).returncode == 0
+    before = {line["step"]: line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line}
+    weights = f"checkpoint.weights={tmp_path / 'run' / 'checkpoints' / 'step-00000002'}"
+    new = tmp_path / "new"
+    start = [*alone, f"run.folder={new}", weights, "train.seed=5", "optimizer.lr=1e-4"]
+    result = train(config, *start, processes=1)
+    assert result.returncode == 0 and "starting with the weights of" in result.stdout, result.stderr
+    after = {line["step"]: line["val_loss"] for line in metrics(new) if "val_loss" in line}
+    assert after[0] == before[2] != before[0] and list(losses(new)) == [1, 2]
+    result = train(config, *start, "train.steps=3", processes=1)  # goes on with its own
+    assert result.returncode == 0 and "going on after step 2 of 3" in result.stdout and list(losses(new)) == [1, 2, 3]
+    longer = [*alone, f"run.folder={tmp_path / 'longer'}", "train.sequence_length=32"]
+    result = train(config, *longer, weights.replace("weights", "resume"), processes=1)
+    assert result.returncode == 2 and "train.sequence_length: 16 in the checkpoint, now 32" in result.stderr, result.stderr
+    assert "checkpoint.weights=" in result.stderr
+    assert train(config, *longer, weights, processes=1).returncode == 0
+
+
+def test_torchrun_restarts_a_run_where_it_stood(write, tmp_path):
+    """...not where it had started from."""
+    alone = ["schedule.name=1f1b", "parallel.pp=1", "evaluation.interval=0", "optimizer.decay=[]"]
+    config, folder = write(), tmp_path / "again"
+    assert train(config, *alone, "train.steps=2", processes=1).returncode == 0
+    start = f"checkpoint.resume={tmp_path / 'run' / 'checkpoints' / 'step-00000002'}"
+    launch = command(config, *alone, start, f"run.folder={folder}", "train.steps=60")
+    launch[3:5] = ["--standalone", "--nproc-per-node=1", "--max-restarts=1"]
+    job = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((folder / "checkpoints").glob("step-*")):
+            assert time.monotonic() < deadline and job.poll() is None, job.communicate()
+            time.sleep(0.01)
+        ranks = [p for p in psutil.Process(job.pid).children(recursive=True) if p.environ().get("RANK") == "0"]
+        ranks[0].send_signal(signal.SIGKILL)
+        out, errors = job.communicate(timeout=120)
+    finally:
+        job.kill()
+    assert job.returncode == 0, errors
+    assert out.count("going on after step") == 2 and out.count("going on after step 2 of 60") == 1, out
+    assert list(losses(folder)) == list(range(3, 61)) and not (folder / "checkpoints-1").exists()
+
+
+def test_a_tokenizer_without_a_token_for_the_text_is_named_by_every_rank(write, tmp_path):
+    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"document": 0}, "unk_token": "[UNK]"},
+                 "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []}  # fmt: skip
+    (tmp_path / "words.json").write_text(json.dumps(tokenizer))
+    result = train(write(), f"data.tokenizer={tmp_path / 'words.json'}", timeout=60)
+    ours = our_part(result.stderr)
+    assert ours.count("configuration error") == 1 and "data.tokenizer: " in ours and "no token for '0'" in ours, ours
+    assert "(in 0.txt)" in ours and "Traceback" not in ours and "exitcode  : 2" in result.stderr
 
 
 def test_a_full_disk_ends_the_job_with_one_message(write, tmp_path):

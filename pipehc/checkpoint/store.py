@@ -4,6 +4,9 @@ A folder of checkpoints holds `step-XXXXXXXX/` (complete) and, while one is writ
 keyed by global names and cut as each rank holds them (flat_slices.py). A commit is: every rank's files synced, the manifest
 with their checksums synced, one rename. A crash before the rename leaves the previous checkpoint the newest, one after it
 the new one. All ranks must see the same folder (one machine, or a shared file system).
+
+Nothing else that lies there fails a save, and none of it is deleted: what is in the way of a name is renamed, what cannot be
+deleted is left with a warning, and of a link only the link goes, never what it points to.
 """
 
 import io
@@ -22,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from pipehc.checkpoint import flat_slices, manifest
+from pipehc.checkpoint.aside import free_name
 from pipehc.checkpoint.flat_slices import FlatSlice, Held
 from pipehc.checkpoint.manifest import File, Manifest
 from pipehc.comm.ranks import Ranks
@@ -30,6 +34,8 @@ __all__ = ["Checkpoints", "FlatSlice", "Restored"]
 
 # `.old-` is a complete checkpoint whose step was saved again, until the new one is committed.
 _COMMITTED = re.compile(r"(\.old-\d+-)?step-(\d+)")
+# What a save that was cut off leaves; a number at the end where the name was taken.
+_TEMPORARY = re.compile(rf"\.tmp-(delete-)?{_COMMITTED.pattern}(-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Checkpoints:
         self._keep, self._layout, self._warn = keep, layout, warn or logging.getLogger(__name__).warning
         self._ranks = Ranks(group)
         self._verified: set[Path] = set()
+        self._undeletable: set[Path] = set()
 
     def save(
         self, step: int, tensors: Mapping[str, Held], extra: Mapping[str, Any], per_rank: Mapping[str, Any] | None = None
@@ -110,40 +117,80 @@ class Checkpoints:
                 self._warn(f"skipping checkpoint {path}: the contents of {', '.join(bad)} are damaged")
         return None
 
-    def load(self, path: str | os.PathLike, tensors: Mapping[str, Held], strict: bool = True, verify: bool = True) -> Restored:
+    def load(
+        self,
+        path: str | os.PathLike,
+        tensors: Mapping[str, Held],
+        strict: bool = True,
+        verify: bool = True,
+        prefixes: tuple[str, ...] = ("",),
+    ) -> Restored:
         """Fill `tensors` in place (whole tensors, or the ranges that this rank holds in the new layout) from checkpoint `path`.
 
-        strict: refuse a checkpoint that holds tensors which no rank asks for.  verify: check checksums first, unless `newest`
-        just did. Raises ValueError for a folder that is no complete checkpoint, for damaged contents, and for a tensor that
-        is missing or of another shape or dtype, naming it.
+        strict: refuse a checkpoint that holds tensors which no rank asks for, of those whose names begin with one of `prefixes`.
+        verify: check checksums first, unless `newest` just did. Raises ValueError for a folder that is no complete checkpoint,
+        for damaged contents, and for a tensor that is missing or of another shape or dtype, naming it.
         """
         path, ranks = Path(path), self._ranks
         found = ranks.on_main(lambda: manifest.read(path))
         if verify and path not in self._verified and (bad := self._damaged(path, found.files)):
             raise ValueError(f"{path} is damaged: the contents of {', '.join(bad)} are not what was written")
-        ranks.exchange(lambda: flat_slices.pieces(tensors), lambda wanted: flat_slices.match(found.tensors, wanted, strict))
+        stored = {name: tensor for name, tensor in found.tensors.items() if name.startswith(prefixes)}
+        ranks.exchange(lambda: flat_slices.pieces(tensors), lambda wanted: flat_slices.match(stored, wanted, strict))
         flat_slices.read(path, tensors, ranks.group)
         return Restored(found.step, found.extra, self._read_rank_state(path, found))
+
+    def set_aside_later_than(self, path: Path) -> Path | None:
+        """Moves all that was committed here after `path`, one of these, into a new folder beside this one; returns that folder.
+
+        A run that goes back to `path` would otherwise delete them as old ones of its own.
+        """
+
+        def move() -> Path | None:
+            complete = self._complete(lambda text: None)
+            serial = next(m.serial for other, m in complete if os.path.samefile(other, path))
+            later = [other for other, m in complete if m.serial > serial]
+            if not later:
+                return None
+            aside = free_name(self.folder)
+            aside.mkdir()
+            for other in later:
+                other.rename(aside / other.name)
+            return aside
+
+        return self._ranks.on_main(move)
 
     def _begin(self, name: str, extra: Mapping[str, Any]) -> Path:
         try:
             json.dumps(dict(extra))
         except (TypeError, ValueError) as error:
             raise ValueError(f"extra state of a checkpoint must be JSON-able: {error}") from error
+        self._make_room(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".tmp-*"):
-            shutil.rmtree(leftover)
-        temp = self.folder / f".tmp-{name}"
+        for leftover in self.folder.iterdir():
+            if _TEMPORARY.fullmatch(leftover.name):
+                self._delete(leftover)
+        temp = free_name(self.folder / f".tmp-{name}")
         temp.mkdir()
         return temp
 
     def _commit(self, temp: Path, path: Path, content: Manifest) -> Path:
         manifest.write(temp, content)
-        if path.exists():
-            path.rename(self.folder / f".old-{content.serial}-{path.name}")
+        if path.is_dir():
+            number = content.serial
+            while os.path.lexists(old := self.folder / f".old-{number}-{path.name}"):
+                number += 1
+            path.rename(old)
+        self._make_room(path)
         temp.rename(path)
         manifest.sync_folder(self.folder)
         return path
+
+    def _make_room(self, path: Path) -> None:
+        """Renames what is no folder, and no link to one, but has the name of one."""
+        if os.path.lexists(path) and not os.path.isdir(path):
+            other = path.rename(free_name(path))
+            self._warn(f"{path} is no folder: renamed to {other.name}")
 
     def _prune(self) -> None:
         """Keep the newest `keep` complete ones. Damaged ones go only when all that is kept is of a later step."""
@@ -151,20 +198,32 @@ class Checkpoints:
         kept = complete[: self._keep]
         if not kept:
             return
-        unwanted = [*complete[self._keep :], *self.folder.glob(".old-*")]
         oldest = min(_step(path) for path in kept)
-        unwanted += [path for path in self._committed() if path not in complete and _step(path) < oldest and path not in unwanted]
-        for path in unwanted:
+        damaged = [path for path in self._committed() if path not in complete and _step(path) < oldest]
+        replaced = [path for path in self._committed() if path.name.startswith(".old-") and path not in damaged]
+        for path in [*complete[self._keep :], *replaced, *damaged]:
             try:
                 # Renamed first: a crash while deleting must not leave what looks like a damaged checkpoint.
-                shutil.rmtree(path.rename(self.folder / f".tmp-delete-{path.name}"))
+                self._delete(path.rename(free_name(self.folder / f".tmp-delete-{path.name}")))
             except OSError as error:
                 self._warn(f"could not delete the old checkpoint {path}: {error}")
+
+    def _delete(self, path: Path) -> None:
+        """What cannot be deleted stays, with one warning; so does what is no folder of ours but has such a name."""
+        try:
+            if path.is_symlink():
+                path.unlink()
+            elif path.is_dir():
+                shutil.rmtree(path)
+        except OSError as error:
+            if path not in self._undeletable:
+                self._undeletable.add(path)
+                self._warn(f"could not delete {path}: {error}")
 
     def _committed(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        return [path for path in self.folder.iterdir() if path.is_dir() and _COMMITTED.fullmatch(path.name)]
+        return [path for path in self.folder.iterdir() if _COMMITTED.fullmatch(path.name) and os.path.isdir(path)]
 
     def _complete(self, warn: Callable[[str], None]) -> list[tuple[Path, Manifest]]:
         """Checkpoints whose files are all there with the right size, newest first."""

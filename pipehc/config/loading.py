@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipehc.comm.once import say_once
+from pipehc.config.changes import EFFECTS, REFUSED, Effect
 from pipehc.config.messages import keys, messages, nearest, sections, show
 from pipehc.config.schema import Config, data_parallel_problems
 from pipehc.config.strict_yaml import ConfigError, dump_yaml, parse_yaml, read_yaml
@@ -40,10 +41,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(data, override)
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
+        problems = list(_unknown_changes(config))
     except ValidationError as error:
         problems = [problem for detail in error.errors() for problem in messages(detail)]
-    raise _error(str(path), problems)
+    if problems:
+        raise _error(str(path), problems)
+    return config
 
 
 def to_yaml(config: Config) -> str:
@@ -121,8 +125,16 @@ def _apply(data: dict[Any, Any], override: str) -> None:
     values[key] = value
 
 
+def _unknown_changes(config: Config) -> Iterator[str]:
+    for name in config.checkpoint.allow_changes:
+        if EFFECTS.get(name) in (Effect.NONE, Effect.TRAINING):
+            yield f"checkpoint.allow_changes: {name!r}: a change of it needs no permission; must be keys that a resume refuses"
+        elif name not in REFUSED:
+            yield f"checkpoint.allow_changes: {name!r}: no such key; {nearest(*name.partition('.')[::2])}"
+
+
 def _disk_problems(config: Config) -> Iterator[str]:
-    data, resume, run = config.data, config.checkpoint.resume, Path(config.run.folder)
+    data, checkpoint, run = config.data, config.checkpoint, Path(config.run.folder)
     for place in data.paths:
         if data.kind == "megatron":
             for suffix in (".bin", ".idx"):
@@ -136,8 +148,12 @@ def _disk_problems(config: Config) -> Iterator[str]:
             yield f"data.paths: {place!r}: holds no file with data.suffixes {list(data.suffixes)}; must hold at least one"
     if data.kind == "text" and data.tokenizer != "bytes" and not Path(data.tokenizer).is_file():
         yield f"data.tokenizer: {data.tokenizer!r}: no such file; must be 'bytes' or a Hugging Face tokenizers JSON file"
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        yield f"checkpoint.resume: {resume!r}: no such folder; must be auto, never or the folder of a checkpoint"
+    # Of a training that started from there, what it has saved since is enough to go on.
+    started = (run / "checkpoints").is_dir()
+    if not started and checkpoint.resume not in ("auto", "never") and not Path(checkpoint.resume).is_dir():
+        yield f"checkpoint.resume: {checkpoint.resume!r}: no such folder; must be auto, never or the folder of a checkpoint"
+    if not started and checkpoint.weights is not None and not Path(checkpoint.weights).is_dir():
+        yield f"checkpoint.weights: {checkpoint.weights!r}: no such folder; must be null or the folder of a checkpoint"
     if occupied := next((path for path in (run, *run.parents) if path.exists() and not path.is_dir()), None):
         yield f"run.folder: {config.run.folder!r}: {occupied} is a file; must be a folder, or a path where one can be made"
 

@@ -136,6 +136,7 @@ class DataConfig(Section):
     paths: Places = ()
     suffixes: Texts = (".py", ".txt", ".md")
     tokenizer: Place = "bytes"
+    end_of_document: Text | None = None  # a token of the tokenizer; None: the one it names itself
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
 
@@ -167,6 +168,8 @@ class CheckpointConfig(Section):
     interval: Count = 0
     keep: Size = 2
     resume: Place = "auto"
+    weights: Place | None = None
+    allow_changes: Texts = ()  # keys that may differ from the checkpoint's; see `changes`
 
 
 class RunConfig(Section):
@@ -300,8 +303,17 @@ def _training_problems(config: Config) -> Iterator[str]:
         yield f"optimizer.decay: fractions {fractions}: must increase"
     if config.trace.steps is not None and config.trace.steps[0] > config.trace.steps[1]:
         yield f"trace.steps: {list(config.trace.steps)}: the first step must not be after the last"
-    if config.data.kind == "megatron" and not config.data.paths:
+    data, checkpoint = config.data, config.checkpoint
+    if data.kind == "megatron" and not data.paths:
         yield "data.paths: []: must name at least one prefix of a .bin/.idx pair with data.kind megatron"
+    if data.end_of_document is not None and (data.kind == "megatron" or data.tokenizer == "bytes"):
+        what = "data.kind megatron: that is tokenized" if data.kind == "megatron" else "data.tokenizer bytes: it is byte 0"
+        yield f"data.end_of_document: {data.end_of_document!r}: must be null with {what}"
+    if checkpoint.weights is not None and checkpoint.resume not in ("auto", "never"):
+        yield (
+            f"checkpoint.weights: {checkpoint.weights!r}: starts a new training, but checkpoint.resume names one to go on with, "
+            f"{checkpoint.resume!r}; set one of the two"
+        )
 
 
 def data_parallel_problems(config: Config, dp: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipehc.data.text import Document, read_documents, tokenize
-from pipehc.data.tokenizer import open_tokenizer
+from pipehc.data.tokenizer import Tokenizer, open_tokenizer
 
 _WORD = 2**64 - 1
 
@@ -32,7 +32,8 @@ class DataInfo(NamedTuple):
     """What was opened. `fingerprint` differs when the samples differ: compare it between ranks and with a checkpoint's.
 
     `held_out` says how validation was chosen: 'documents' (whole ones), 'tail' (the end of the text, for want of documents to
-    choose from) or 'nothing'. `skipped` names files that were left out and why.
+    choose from) or 'nothing'. `skipped` names files that were left out and why. `joined`: no token stands between documents.
+    `vocabulary` differs when the numbers of tokens mean something else (None: tokenized elsewhere, nobody knows).
     """
 
     tokenizer: str
@@ -42,6 +43,8 @@ class DataInfo(NamedTuple):
     held_out: str
     skipped: tuple[str, ...]
     fingerprint: str
+    joined: bool = False
+    vocabulary: str | None = None
 
 
 class Splits(NamedTuple):
@@ -124,6 +127,7 @@ def open_splits(
     vocab_size: int,
     seed: int,
     cache: Path,
+    end_of_document: str | None = None,
 ) -> Splits:
     """Open the data of a run; every rank calls it, and all get the same samples. Arguments have the names of the configuration.
 
@@ -144,12 +148,12 @@ def open_splits(
         return Splits(indexed.train, indexed.validation, info)
     if kind != "text":
         raise ValueError(f"data.kind: {kind!r} is not allowed; allowed: text, megatron")
-    return _open_text(paths, suffixes, tokenizer, validation_fraction, sequence_length, vocab_size, cache)
+    vocabulary = open_tokenizer(tokenizer, end_of_document)
+    return _open_text(paths, suffixes, vocabulary, validation_fraction, sequence_length, vocab_size, cache)
 
 
-def _open_text(paths: Sequence[str], suffixes: Sequence[str], tokenizer: str, validation_fraction: float, sequence_length: int,
-               vocab_size: int, cache: Path) -> Splits:
-    vocabulary = open_tokenizer(tokenizer)
+def _open_text(paths: Sequence[str], suffixes: Sequence[str], vocabulary: Tokenizer, validation_fraction: float,
+               sequence_length: int, vocab_size: int, cache: Path) -> Splits:
     documents, skipped = read_documents(paths, suffixes)
     held_out = [_is_held_out(document, validation_fraction) for document in documents]
     train, validation = (tokenize([document for document, out in zip(documents, held_out) if out is side], vocabulary, cache)
@@ -168,13 +172,14 @@ def _open_text(paths: Sequence[str], suffixes: Sequence[str], tokenizer: str, va
                              f"(train.sequence_length {sequence_length} + 1); data.validation_fraction is {validation_fraction}, "
                              f"{len(documents)} documents were read")
         if (top := int(tokens.max())) >= vocab_size:
-            raise ValueError(f"model.vocab_size: {vocab_size} is too small: data.tokenizer {tokenizer!r} gives {top} in the "
+            raise ValueError(f"model.vocab_size: {vocab_size} is too small: data.tokenizer {vocabulary.name!r} gives {top} in the "
                              f"{name} text; allowed: at least {top + 1}")
     splits = Windows(train, sequence_length), Windows(validation, sequence_length)
     fingerprint = hashlib.blake2b(f"{vocabulary.fingerprint} {validation_fraction} {sequence_length}".encode(), digest_size=16)
     for document in documents:
         fingerprint.update(document.digest)
-    info = DataInfo(vocabulary.name, len(documents), len(splits[0]), len(splits[1]), how, tuple(skipped), fingerprint.hexdigest())
+    info = DataInfo(vocabulary.name, len(documents), len(splits[0]), len(splits[1]), how, tuple(skipped), fingerprint.hexdigest(),
+                    vocabulary.end_of_document is None, vocabulary.fingerprint)
     return Splits(*splits, info)
 
 

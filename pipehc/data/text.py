@@ -68,7 +68,7 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) -
 
     A slow tokenizer's result is kept in the folder `cache`, named by a hash of tokenizer and contents, and memory-mapped from
     there: the processes of a machine share its pages. Safe to call from several processes at once: one works, the others wait.
-    ValueError: the folder cannot be written.
+    ValueError: the folder cannot be written, or the tokenizer has no token for something.
     """
     if not tokenizer.slow:
         return _encode(documents, tokenizer)
@@ -135,6 +135,9 @@ def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
     dtype = token_dtype(tokenizer.vocab_size)
     end = np.array([] if tokenizer.end_of_document is None else [tokenizer.end_of_document], dtype=dtype)
     pieces = [np.empty(0, dtype)]
-    for ids in tokenizer.encode(document.content for document in documents):
-        pieces += [ids.astype(dtype, copy=False), end]
+    try:
+        for ids in tokenizer.encode(document.content for document in documents):
+            pieces += [ids.astype(dtype, copy=False), end]
+    except ValueError as error:
+        raise ValueError(f"{error} (in {documents[len(pieces) // 2].name})") from None
     return np.concatenate(pieces)

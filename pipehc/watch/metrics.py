@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 from rich.console import Console
 
+from pipehc.checkpoint.aside import set_aside
 from pipehc.watch.display import Display
-from pipehc.watch.run_folder import set_aside
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"

@@ -28,20 +28,10 @@ class RunFolder:
     def _occupy(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "wb")  # noqa: SIM115 - held open
+            self._lock = open(self.path / ".lock", "ab")  # noqa: SIM115 - held open; "ab": whatever has the name keeps its content
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"run.folder: {str(self.path)!r}: another training runs there; must be a folder of its own") from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise ValueError(f"run.folder: {str(self.path)!r}: {error.strerror}; must be a folder to write into") from None
-
-
-def set_aside(path: Path) -> None:
-    """Renames a file or folder to NAME-1, NAME-2 ... (before a file's suffix), in the order in which they were replaced."""
-    if not path.exists() or not path.stat().st_size:
-        return
-    number = 1
-    while (other := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(other)
