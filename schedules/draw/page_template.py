@@ -238,7 +238,7 @@ for (const panel of panels) {
   canvas.addEventListener("dblclick", () => show(0, END));
 }
 document.getElementById("fit").addEventListener("click", () => show(0, END));
-for (const id of ["comm", "high"]) document.getElementById(id).addEventListener("change", relayout);
+for (const box of document.querySelectorAll("header input")) box.addEventListener("change", relayout);
 window.addEventListener("resize", relayout);
 relayout();
 </script>

@@ -57,7 +57,8 @@ def png(timelines: Sequence[Timeline], path: str | PathLike[str], width: float =
                         label = timeline.label(row, span)
                         if label and span.end - span.start > (len(label) + 0.4) * digit * font / 7:
                             middle = (span.start + span.end) / 2, y + 0.48 * height
-                            axis.text(*middle, label, ha="center", va="center", fontsize=font, color=ink(fill))
+                            style = {"ha": "center", "va": "center", "fontsize": font, "color": ink(fill)}
+                            axis.text(*middle, label, in_layout=False, **style)
                     axis.add_collection(PolyCollection(boxes, facecolors=fills, edgecolors=edges, linewidths=0.4))
                     axis.add_collection(
                         PolyCollection(hatched, facecolors="none", edgecolors=color("wait"), hatch="/////", linewidths=0)
