@@ -105,7 +105,7 @@ def measured_costs(recording: Recording) -> Costs:
 
     Stages differ by one factor each, the same for all their actions. An action takes the mean over its micro-batches outside of
     pairs, unless it only ran in pairs; a message the median of its time on the link. Pairs that were interleaved say how much of
-    their halves' time they take, and when their messages leave.
+    their halves' time they take, and when their messages leave. Raises ValueError if a stage or half a pair is missing.
     """
     placement = recording.schedule.placement
     alone: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -116,6 +116,9 @@ def measured_costs(recording: Recording) -> Costs:
             (paired if in_pair else alone)[span.kind, span.stage].append(span.end - span.start)
     times = paired | alone
     stages = range(placement.stages)
+    missing = next((s for s in stages if ("F", s) not in times), None)
+    if missing is not None:
+        raise ValueError(f"{recording.title}: holds no forward of stage {missing}: this recording is not whole")
     time = {(kind, s): mean(times[kind, s]) if (kind, s) in times else 0.0 for kind in "FIWBR" for s in stages}
     split = [s for s in stages if ("I", s) in times]
     # Where there are both split and full backwards, the split ones tell what each part takes.
@@ -158,7 +161,11 @@ class _Pairs(NamedTuple):
                 waits[span.rank].append(span.start)
         lengths: list[dict[str, float]] = []
         stages = []
-        for (rank, _), parts in found.items():
+        for (rank, pair), parts in found.items():
+            if "F" not in parts or not parts.keys() & {"I", "B"}:
+                raise ValueError(
+                    f"pair {pair} of rank {rank} has no {'backward' if 'F' in parts else 'forward'}: not a whole recording"
+                )
             ends = min(s.start for s in parts.values()), max(s.end for s in parts.values())
             if any(ends[0] < start < ends[1] for start in waits[rank]):
                 return None

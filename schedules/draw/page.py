@@ -55,7 +55,8 @@ def _section(number: int, timeline: Timeline) -> str:
             f"{s.hidden:g}",
         ]
         cells.append("" if s.peak_live is None else f"{s.peak_live:g}")
-        rows.append(f"<tr><td>{escape(timeline.row(rank).removeprefix('rank '))}</td><td class=bar>{bar}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        name = escape(timeline.row(rank).removeprefix("rank "))
+        rows.append(f"<tr><td>{name}</td><td class=bar>{bar}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     headings = ("rank", "", "busy", "idle (bubble)", "exposed communication", "hidden recompute", "peak live activations")
     head = "".join(f"<th>{heading}</th>" for heading in headings)
     return (

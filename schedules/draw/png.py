@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 from pipehc.schedules.draw.colors import KINDS, color, hue, ink
 from pipehc.schedules.draw.timeline import HEIGHTS, Timeline
@@ -66,17 +67,17 @@ def png(timelines: Sequence[Timeline], path: str | PathLike[str], width: float =
                     y += height
             y += 0.4
         axis.axvline(timeline.end, color="#000000", linestyle=":", linewidth=0.8)
-        axis.set(xlim=(0, end), ylim=(y, -0.3), yticks=[at for at, _, _ in names])
-        for text, (_, name, style) in zip(axis.set_yticklabels([name for _, name, _ in names]), names):
+        axis.set(xlim=(0, end), ylim=(y, -0.3), yticks=[at for at, _, _ in names], yticklabels=[name for _, name, _ in names])
+        for text, (_, _, style) in zip(axis.get_yticklabels(), names):
             text.set(**style)
         axis.set_title(timeline.title, loc="left", fontsize=10, fontweight="bold")
         axis.tick_params(axis="x", labelsize=8, length=2)
         axis.tick_params(axis="y", length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[-1].set_xlabel(f"time {timelines[-1].unit}".strip(), fontsize=8)
-    hatched = {"wait": {"facecolor": "none", "edgecolor": color("wait"), "hatch": "/////"}}
+    patterns: dict[str, dict[str, Any]] = {"wait": {"facecolor": "none", "edgecolor": color("wait"), "hatch": "/////"}}
     handles = [
-        Patch(**hatched.get(kind, {"facecolor": color(kind)}), label=name) for kind, (_, name) in KINDS.items() if kind in seen
+        Patch(**patterns.get(kind, {"facecolor": color(kind)}), label=name) for kind, (_, name) in KINDS.items() if kind in seen
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     figure.savefig(path, format="png")

@@ -14,7 +14,6 @@ from pipehc.schedules.schedule import Schedule
 from pipehc.schedules.simulate import simulate
 from pipehc.schedules.spans import Span
 
-
 # Lines of a rank from top to bottom, with the height of one track in pixels: all drawings know these, and no others.
 HEIGHTS = {"compute": 20, "nodes": 14, "high": 10, "comm": 6}
 _LINES = {"compute": "compute", "wait": "compute", "node": "nodes", "high": "high", "send": "comm", "recv": "comm"}

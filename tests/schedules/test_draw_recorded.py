@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,25 @@ def test_the_command_line_takes_several_steps_and_pipelines(tmp_path: Path, caps
     assert main(["show", *names, "--step", "7"]) == 0
     out = capsys.readouterr().out
     assert "step 7 rank 0" in out and "step 6" not in out
+
+
+@pytest.mark.parametrize(
+    ("kept", "complaint"),
+    [
+        (lambda span: False, "holds no forward of stage 0"),
+        (lambda span: span.queue == "wait", "holds no forward of stage 0"),
+        (lambda span: span.queue == "node", "holds no forward of stage 0"),
+        (lambda span: span.stage != 1, "holds no forward of stage 1"),
+        (lambda span: span.kind == "F", "has no backward: not a whole recording"),
+        (lambda span: span.kind != "F" or span.pair is None, "has no forward: not a whole recording"),
+    ],
+)
+def test_a_recording_that_is_not_whole_is_refused_in_a_sentence(tmp_path, capsys, kept, complaint) -> None:
+    found = recording()
+    replace(found, spans=tuple(filter(kept, found.spans))).save(tmp_path / "x.json")
+    assert main(["show", str(tmp_path / "x.json")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and complaint in captured.err
 
 
 @pytest.mark.parametrize(
