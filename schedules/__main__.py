@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     show = parser.add_subparsers(required=True, metavar="show").add_parser(
         "show", help="draw a schedule in the terminal, or to files"
     )
-    show.add_argument("name", metavar="NAME", help=f"{', '.join(FAMILIES)}, auto (a search), a CSV file, or a recorded step (JSON)")
+    what = f"{', '.join(FAMILIES)}, auto (a search), a CSV file, or recorded steps (JSON files, one or more)"
+    show.add_argument("names", nargs="+", metavar="NAME", help=what)
+    show.add_argument("--step", type=int, metavar="N", help="only this one of the recorded steps")
     show.add_argument("--ranks", type=int, metavar="P", help="pipeline ranks (not for a CSV file)")
     show.add_argument("--microbatches", type=int, metavar="M", help="micro-batches of one step, both directions together")
     show.add_argument("--chunks", type=int, metavar="V", help="stages per rank, for interleaved")
@@ -68,26 +70,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _show(options: argparse.Namespace) -> None:
-    costs = Costs(**{name: getattr(options, name) for name in _TIMES})
-    names = [options.name] + ([options.compare] if options.compare else [])
-    recording = Recording.load(options.name) if options.name.endswith(".json") else None
-    if recording is None:
-        schedules = [_schedule(name, options, costs) for name in names]
-    elif options.compare:
-        raise ValueError("--compare is for schedules: a recorded step is shown below its own simulation")
-    else:
-        schedules = [recording.schedule]
-    if options.csv:
-        if len(schedules) > 1:
-            raise ValueError("--csv holds one schedule: leave out --compare")
-        schedules[0].to_csv(options.csv)
-    if options.csv and not (options.svg or options.png or options.html or options.trace):
-        return
-    if recording is not None:
-        timelines = _predicted_and_measured(recording)
-    else:
-        timelines = [simulated(compile(schedule, recompute=costs.r > 0, high=costs.high > 0), costs) for schedule in schedules]
-    if not _write(timelines, options):
+    recordings = [Recording.load(name) for name in options.names if name.endswith(".json")]
+    timelines = _of_recordings(recordings, options) if recordings else _of_schedules(options)
+    if timelines and not _write(timelines, options):
         from rich.console import Console
 
         from pipehc.schedules.draw.terminal import show
@@ -96,10 +81,47 @@ def _show(options: argparse.Namespace) -> None:
         show(timelines, Console() if sys.stdout.isatty() else Console(width=160))
 
 
-def _predicted_and_measured(recording: Recording) -> list[Timeline]:
-    """The simulation of a recorded step, with the times that it took on average, and the step itself."""
-    predicted = simulated(recording.program(), measured_costs(recording), f"predicted: {recording.title}")
-    return [replace(predicted, unit="ms"), recorded(recording.spans, f"measured: {recording.title}")]
+def _of_schedules(options: argparse.Namespace) -> list[Timeline]:
+    """Simulations; none if only a CSV file was asked for, which is written."""
+    if len(options.names) > 1:
+        raise ValueError(f"{' '.join(options.names)}: several names are for recorded steps; a second schedule is --compare NAME2")
+    if options.step is not None:
+        raise ValueError(f"--step {options.step}: is for recorded steps")
+    costs = Costs(**{name: getattr(options, name) for name in _TIMES})
+    names = options.names + ([options.compare] if options.compare else [])
+    schedules = [_schedule(name, options, costs) for name in names]
+    if _only_csv(schedules, options):
+        return []
+    return [simulated(compile(schedule, recompute=costs.r > 0, high=costs.high > 0), costs) for schedule in schedules]
+
+
+def _of_recordings(recordings: list[Recording], options: argparse.Namespace) -> list[Timeline]:
+    """Every recorded step below its own simulation, with the times that it took on average."""
+    others = [name for name in options.names if not name.endswith(".json")]
+    if others or options.compare:
+        raise ValueError(f"{others[0] if others else '--compare'}: recorded steps are shown below their own simulations, alone")
+    if options.step is not None:
+        there = ", ".join(sorted({str(r.step) for r in recordings if r.step is not None})) or "files that do not number them"
+        recordings = [recording for recording in recordings if recording.step == options.step]
+        if not recordings:
+            raise ValueError(f"--step {options.step}: no such step; there are {there}")
+    if _only_csv([recording.schedule for recording in recordings], options):
+        return []
+    timelines = []
+    for recording in recordings:
+        predicted = simulated(recording.program(), measured_costs(recording), f"predicted: {recording.title}")
+        timelines.append(replace(predicted, unit="ms", where=recording.where))
+        timelines.append(recorded(recording.spans, f"measured: {recording.title}", where=recording.where))
+    return timelines
+
+
+def _only_csv(schedules: list[Schedule], options: argparse.Namespace) -> bool:
+    """Writes the CSV file if one was asked for. Returns whether it was all."""
+    if options.csv:
+        if len(schedules) > 1:
+            raise ValueError(f"--csv {options.csv}: holds one schedule, and there are {len(schedules)}")
+        schedules[0].to_csv(options.csv)
+    return bool(options.csv) and not (options.svg or options.png or options.html or options.trace)
 
 
 def _schedule(name: str, options: argparse.Namespace, costs: Costs) -> Schedule:

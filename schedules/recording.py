@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from statistics import mean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipehc.schedules.actions import parse
 from pipehc.schedules.compile import compile
@@ -18,22 +18,33 @@ from pipehc.schedules.interchange import placement_of
 from pipehc.schedules.placement import Placement
 from pipehc.schedules.program import Program
 from pipehc.schedules.schedule import Schedule
-from pipehc.schedules.spans import Span
+from pipehc.schedules.spans import Span, checked
 
 _FORMAT = 1
+_KEYS: dict[str, Any] = {"title": str, "recompute": bool, "step": int | None, "pipeline": int, "device": str | None}
+_SCHEDULE_KEYS: dict[str, Any] = {"name": str, "microbatches": int, "forward_only": bool}
 
 
 @dataclass(frozen=True)
 class Recording:
     """One step of one pipeline. Spans are in ms from the start of the step; `rank` in them is the position in the pipeline.
 
-    recompute: whether the program had an R for every backward.
+    recompute: whether the program had an R for every backward. step, pipeline: which they were. device: what computed, "cpu" or
+    "cuda"; on a CPU one thread does everything. Files of before these were noted have None for step and device, and pipeline 0.
     """
 
     title: str
     schedule: Schedule
     recompute: bool
     spans: tuple[Span, ...]
+    step: int | None = None
+    pipeline: int = 0
+    device: str | None = None
+
+    @property
+    def where(self) -> str:
+        """What stands before a rank to tell it from those of other recordings: "step 6 pipeline 1 ", or nothing."""
+        return ("" if self.step is None else f"step {self.step} ") + (f"pipeline {self.pipeline} " if self.pipeline else "")
 
     def program(self) -> Program:
         return compile(self.schedule, recompute=self.recompute)
@@ -45,6 +56,9 @@ class Recording:
             "format": _FORMAT,
             "title": self.title,
             "unit": "ms",
+            "step": self.step,
+            "pipeline": self.pipeline,
+            "device": self.device,
             "recompute": self.recompute,
             "schedule": {"name": schedule.name, "microbatches": schedule.microbatches, "forward_only": schedule.forward_only},
             "rows": [[str(cell) for cell in row] for row in schedule.rows],
@@ -60,13 +74,29 @@ class Recording:
     def load(path: str | PathLike[str]) -> Recording:
         """Reads what `save` wrote. Raises ValueError, naming the file, for anything else."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(path).read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: is no recorded step, since it is no JSON: {error}") from None
+        return Recording.parse(data, path)
+
+    @staticmethod
+    def parse(data: Any, path: str | PathLike[str]) -> Recording:
+        """The recording in the JSON of a file. Raises ValueError, naming the file, if it is none."""
+        if not isinstance(data, dict) or not {"format", "span", "spans", "rows", "schedule"} <= set(data):
+            raise ValueError(f"{path}: is no recorded step")
+        try:
             if data["format"] != _FORMAT or tuple(data["span"]) != Span._fields:
                 raise ValueError(f"format {data['format']} with spans of {data['span']}")
             rows = tuple(tuple(parse(cell) for cell in row) for row in data["rows"])
-            schedule = Schedule(placement=placement_of(rows, path), rows=rows, **data["schedule"])
-            return Recording(data["title"], schedule, data["recompute"], tuple(Span(*span) for span in data["spans"]))
-        except (KeyError, TypeError, ValueError) as error:
+            placement = placement_of(rows, path)
+            schedule = Schedule(placement=placement, rows=rows, **data["schedule"])
+            spans = tuple(checked(span, len(rows), placement.lanes, placement.stages) for span in data["spans"])
+            more = {key: data[key] for key in _KEYS if key in data}
+            for key, value in (more | data["schedule"]).items():
+                if not isinstance(value, (_KEYS | _SCHEDULE_KEYS)[key]):
+                    raise ValueError(f"{key} = {value!r}")
+            return Recording(schedule=schedule, spans=spans, **more)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: is no recorded step of this version: {error}") from None
 
 
@@ -75,7 +105,7 @@ def measured_costs(recording: Recording) -> Costs:
 
     Stages differ by one factor each, the same for all their actions. An action takes the mean over its micro-batches outside of
     pairs, unless it only ran in pairs; a message the median of its time on the link. Pairs that were interleaved say how much of
-    their halves' time they take, and when their messages leave.
+    their halves' time they take, and when their messages leave. Raises ValueError if a stage or half a pair is missing.
     """
     placement = recording.schedule.placement
     alone: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -86,6 +116,9 @@ def measured_costs(recording: Recording) -> Costs:
             (paired if in_pair else alone)[span.kind, span.stage].append(span.end - span.start)
     times = paired | alone
     stages = range(placement.stages)
+    missing = next((s for s in stages if ("F", s) not in times), None)
+    if missing is not None:
+        raise ValueError(f"{recording.title}: holds no forward of stage {missing}: this recording is not whole")
     time = {(kind, s): mean(times[kind, s]) if (kind, s) in times else 0.0 for kind in "FIWBR" for s in stages}
     split = [s for s in stages if ("I", s) in times]
     # Where there are both split and full backwards, the split ones tell what each part takes.
@@ -128,7 +161,11 @@ class _Pairs(NamedTuple):
                 waits[span.rank].append(span.start)
         lengths: list[dict[str, float]] = []
         stages = []
-        for (rank, _), parts in found.items():
+        for (rank, pair), parts in found.items():
+            if "F" not in parts or not parts.keys() & {"I", "B"}:
+                raise ValueError(
+                    f"pair {pair} of rank {rank} has no {'backward' if 'F' in parts else 'forward'}: not a whole recording"
+                )
             ends = min(s.start for s in parts.values()), max(s.end for s in parts.values())
             if any(ends[0] < start < ends[1] for start in waits[rank]):
                 return None

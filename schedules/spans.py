@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 Queue = Literal["compute", "high", "send", "recv", "wait", "node"]
 
@@ -27,3 +29,22 @@ class Span(NamedTuple):
     stage: int = -1
     microbatch: int = -1
     pair: int | None = None
+
+
+def checked(fields: Sequence[Any], ranks: int, lanes: int, stages: int) -> Span:
+    """The span of a file, in which anything may stand. Raises ValueError or TypeError, naming what cannot be."""
+    span = Span(*fields)
+    numbers = [span.rank, span.lane, span.stage, span.microbatch, *([] if span.pair is None else [span.pair])]
+    if not all(type(x) is int for x in numbers) or not (
+        0 <= span.rank < ranks and 0 <= span.lane < lanes and -1 <= span.stage < stages
+    ):
+        raise ValueError(f"a span of rank, lane, stage, micro-batch and pair {numbers}")
+    if span.queue not in get_args(Queue) or not isinstance(span.what, str) or not isinstance(span.kind, str):
+        raise ValueError(f"a span of kind {span.kind!r} on queue {span.queue!r}")
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in span[2:4]) or not 0 <= span.start <= span.end:
+        raise ValueError(f"a span from {span.start!r} to {span.end!r}")
+    if span.queue in ("send", "recv", "wait"):
+        source = span.stage + {"activation": -1, "gradient": 1}.get(span.kind, stages)
+        if not 0 <= source < stages or span.stage < 0:
+            raise ValueError(f"a {span.queue} of kind {span.kind!r} for stage {span.stage} of {stages}")
+    return span

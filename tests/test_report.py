@@ -2,23 +2,16 @@
 
 import gzip
 import json
-import sqlite3
 
 import pytest
+from gpu_traces import EXPECTED, LOSSES, figures, losses, profile
 
 from pipehc import report
 from pipehc.schedules import Action, Placement, Schedule, Span
+from pipehc.schedules.__main__ import main as show
 from pipehc.schedules.recording import Recording
 from pipehc.watch.profiles.intervals import common, length, minus, union
-
-
-def figures(rank):
-    names = ("total", "compute", "bubble", "communication", "exposed", "recompute", "hidden", "high_delay")
-    return {name: pytest.approx(getattr(rank, name)) for name in names}
-
-
-def losses(rank):
-    return {loss.why: loss.ms for loss in rank.losses if loss.ms}
+from pipehc.watch.profiles.model import Hints
 
 
 def test_intervals():
@@ -54,7 +47,7 @@ def test_a_step_that_pipehc_recorded(tmp_path):
         span(1, "compute", 46, 60, "W", 1),
     )
     path = tmp_path / "step.json"
-    Recording("one", Schedule("1f1b", Placement(((0, 1),)), 1, rows), True, spans).save(path)
+    Recording("one", Schedule("1f1b", Placement(((0, 1),)), 1, rows), True, spans, device="cuda").save(path)
     first, second = report.read(path)
     assert figures(first) == {
         "total": 75, "compute": 50, "bubble": 23, "communication": 12, "exposed": 2,
@@ -78,6 +71,102 @@ def test_a_step_that_pipehc_recorded(tmp_path):
     ]
 
 
+def step_with_high(tmp_path, device, step=6, pipeline=0):
+    """One rank's forward of 10 ms; its last piece comes 4 ms after the rest, behind a W."""
+    rows = ((Action("F", 0, 0), Action("I", 0, 0), Action("W", 0, 0)),)
+    spans = (
+        span(0, "compute", 0, 10, "F"),
+        span(0, "compute", 10, 14, "W"),
+        span(0, "high", 14, 16, "F"),
+        span(0, "compute", 16, 20, "I"),
+    )
+    path = tmp_path / f"step-{step:06}-{device}-{pipeline}.json"
+    Recording("one", Schedule("1f1b", Placement(((0,),)), 1, rows), False, spans, step, pipeline, device).save(path)
+    return path
+
+
+def test_on_a_gpu_high_priority_work_that_stood_behind_other_work_is_a_loss(tmp_path):
+    (rank,) = report.read(step_with_high(tmp_path, "cuda"))
+    assert rank.high_delay == 4 and rank.notes == ()
+    assert losses(rank) == {"high-priority work was ready, but stood behind other work": 4}
+
+
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_on_a_cpu_it_is_none_and_that_is_said(tmp_path, capsys, device):
+    """There one thread does everything. Files of before the device was noted are taken for a CPU's, and that is said too."""
+    path = step_with_high(tmp_path, device)
+    (rank,) = report.read(path)
+    assert rank.high_delay is None and losses(rank) == {}
+    assert rank.compute == 20
+    assert report.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "stood behind" not in out and "note: step 6: recorded on a CPU" in out and "one thread does everything" in out
+    assert ("assumed" in out) == (device is None)
+    assert report.main([str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["high_delay"] is None
+
+
+def test_every_row_names_its_step_and_pipeline(tmp_path, capsys):
+    paths = [str(step_with_high(tmp_path, "cpu", *which)) for which in ((6, 0), (6, 1), (7, 0))]
+    assert report.main([*paths, "--json"]) == 0
+    names = [rank["name"] for rank in json.loads(capsys.readouterr().out)]
+    assert names == ["step 6 rank 0", "step 6 pipeline 1 rank 0", "step 7 rank 0"]
+    assert report.main([*paths, "--step", "7"]) == 0
+    out = capsys.readouterr().out
+    assert "step 7 rank 0 lost" in out and "step 6" not in out
+
+
+def test_a_recording_of_before_steps_were_noted_is_named_after_its_file(tmp_path):
+    path = step_with_high(tmp_path, "cpu")
+    data = json.loads(path.read_text())
+    for key in ("step", "device", "pipeline"):
+        del data[key]
+    path = tmp_path / "step-000123.json"
+    path.write_text(json.dumps(data))
+    (rank,) = report.read(path)
+    assert rank.name == "step-000123 rank 0" and rank.step is None and rank.high_delay is None
+
+
+ODD_SPANS = {
+    "start": ("x", None, float("nan"), -1, True, [1]),
+    "end": (-1, float("inf"), "x", None),
+    "rank": (1, -1, "x", None, 0.5, True),
+    "queue": ("x", None, 3, []),
+    "what": (None, 3),
+    "kind": (None, 3, {}),
+    "lane": (1, -1, None),
+    "stage": (7, -2, "x"),
+    "pair": ("x", 0.5),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in ODD_SPANS.items() for value in values])
+def test_a_recording_with_a_span_that_cannot_be_is_refused(tmp_path, capsys, field, value):
+    path = step_with_high(tmp_path, "cpu")
+    data = json.loads(path.read_text())
+    data["spans"][0][data["span"].index(field)] = value
+    path.write_text(json.dumps(data))
+    for command in (report.main, lambda arguments: show(["show", *arguments])):
+        assert command([str(path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1 and "is no recorded step of this version" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", "x"), ("device", 3), ("pipeline", None), ("title", None), ("rows", 3), ("rows", [[1]]), ("rows", []), ("spans", 3),
+     ("spans", [3]), ("spans", [[1, 2]]), ("schedule", None), ("schedule", {"name": "x"}), ("format", 9), ("recompute", 3),
+     ("schedule", {"name": "x", "microbatches": "many", "forward_only": False})],
+)  # fmt: skip
+def test_a_recording_with_a_key_that_cannot_be_is_refused(tmp_path, capsys, key, value):
+    path = step_with_high(tmp_path, "cpu")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    for command in (report.main, lambda arguments: show(["show", *arguments])):
+        assert command([str(path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1 and "is no recorded step" in captured.err
+
+
 def test_recomputation_that_hides_nothing_is_a_loss(tmp_path):
     rows = ((Action("F", 0, 0), Action("B", 0, 0)), (Action("F", 1, 0), Action("B", 1, 0)))
     spans = (
@@ -93,40 +182,6 @@ def test_recomputation_that_hides_nothing_is_a_loss(tmp_path):
     assert losses(rank) == {"recomputation ran though nothing had to be waited for": 6}
 
 
-# Kernels of one GPU, in ms: (start, end, name, stream, launched). Stream 20 has high priority.
-KERNELS = [
-    (0, 10, "void gemm<float>(int)", 7, 0),
-    (4, 16, "ncclDevKernel_SendRecv(ncclDevComm*)", 13, 1),
-    (20, 30, "rebuild", 7, 2),  # idle from 16 to 20, though launched long before: waited for an event
-    (24, 28, "void deep_ep::internode::dispatch<1>()", 13, 3),
-    (30, 40, "attention", 7, 4),
-    (40, 42, "post_res", 20, 27),  # ready at 27, but 13 ms behind the others
-    (50, 60, "gemm2", 7, 49),  # idle from 42 to 50: the host was late
-]
-EXPECTED = {
-    "total": 60, "compute": 42, "bubble": 12, "communication": 16, "exposed": 6, "recompute": 10, "hidden": 4, "high_delay": 13,
-}  # fmt: skip
-LOSSES = {
-    "ncclDevKernel_SendRecv ran with nothing to compute beside it": 6,
-    "the device was idle: rebuild waited for an event": 4,
-    "the device was idle: the host launched gemm2 late": 8,
-    "recomputation ran with no message under way": 6,
-    "high-priority work was ready, but stood behind other work": 13,
-}
-
-
-def profile():
-    events = [{"ph": "M", "name": "process_name"}, {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 5, "tid": 1}]
-    for number, (start, end, name, stream, launched) in enumerate(KERNELS):
-        arguments = {"correlation": number, "stream": stream, "priority": -5 if stream == 20 else 0}
-        events.append({"ph": "X", "cat": "kernel", "name": name, "ts": 1e3 * start, "dur": 1e3 * (end - start), "args": arguments})
-        call = {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "tid": 1, "args": {"correlation": number}}
-        events.append(call | {"ts": 1e3 * launched - 10, "dur": 10})
-    for name, start in (("Run 0R3", 1.9), ("Run 0F3", 3.5)):
-        events.append({"ph": "X", "cat": "user_annotation", "name": name, "ts": 1e3 * start, "dur": 500, "tid": 1})
-    return {"traceEvents": events, "distributedInfo": {"rank": 3}}
-
-
 @pytest.mark.parametrize("suffix", [".json", ".json.gz"])
 def test_a_trace_of_torch_profiler(tmp_path, suffix):
     path = tmp_path / f"trace{suffix}"
@@ -138,40 +193,6 @@ def test_a_trace_of_torch_profiler(tmp_path, suffix):
     assert losses(rank) == pytest.approx(LOSSES)
 
 
-def nsight(path, pid=77):
-    """The tables and columns of an Nsight Systems export that matter here."""
-    process, thread = pid << 24, (pid << 24) + 5
-    strings = {name: number for number, name in enumerate(sorted({k[2] for k in KERNELS} | {"Run 1R2@1"}))}
-    with sqlite3.connect(path) as db:
-        db.executescript("""
-            create table StringIds (id integer, value text);
-            create table CUPTI_ACTIVITY_KIND_KERNEL (start integer, end integer, deviceId integer, streamId integer,
-                correlationId integer, globalPid integer, demangledName integer, shortName integer);
-            create table CUPTI_ACTIVITY_KIND_RUNTIME (start integer, end integer, globalTid integer, correlationId integer);
-            create table NVTX_EVENTS (start integer, end integer, text text, textId integer, globalTid integer);
-            create table TARGET_INFO_CUDA_STREAM (streamId integer, processId integer, priority integer);
-        """)
-        db.executemany("insert into StringIds values (?, ?)", [(number, name) for name, number in strings.items()])
-        db.executemany("insert into TARGET_INFO_CUDA_STREAM values (?, ?, ?)", [(7, pid, 0), (20, pid, -5), (7, pid + 1, -5)])
-        db.execute("insert into NVTX_EVENTS values (?, ?, null, ?, ?)", (1_900_000, 2_400_000, strings["Run 1R2@1"], thread))
-        db.execute("insert into NVTX_EVENTS values (?, ?, 'Run 0F3', null, ?)", (3_500_000, 4_100_000, thread))
-        db.execute("insert into NVTX_EVENTS values (?, null, 'mark', null, ?)", (1, thread))
-        for number, (start, end, name, stream, launched) in enumerate(KERNELS):
-            row = (start * 10**6, end * 10**6, 0, stream, number, process, strings[name], strings[name])
-            db.execute("insert into CUPTI_ACTIVITY_KIND_KERNEL values (?, ?, ?, ?, ?, ?, ?, ?)", row)
-            call = (launched * 10**6 - 9, launched * 10**6, thread, number)
-            db.execute("insert into CUPTI_ACTIVITY_KIND_RUNTIME values (?, ?, ?, ?)", call)
-    db.close()
-
-
-def test_an_nsight_systems_export(tmp_path):
-    nsight(tmp_path / "report.sqlite")
-    (rank,) = report.read(tmp_path / "report.sqlite")
-    assert rank.name == "process 77 device 0"
-    assert figures(rank) == EXPECTED
-    assert losses(rank) == pytest.approx(LOSSES)
-
-
 def test_streams_named_by_hand(tmp_path):
     data = profile()
     for event in data["traceEvents"]:
@@ -179,7 +200,7 @@ def test_streams_named_by_hand(tmp_path):
     path = tmp_path / "trace.json"
     path.write_text(json.dumps(data))
     assert report.read(path)[0].high_delay == 0
-    assert report.read(path, {20})[0].high_delay == 13
+    assert report.read(path, Hints(frozenset({20})))[0].high_delay == pytest.approx(13)
 
 
 def test_prints_the_three_largest_losses_in_words(tmp_path, capsys):
@@ -192,7 +213,7 @@ def test_prints_the_three_largest_losses_in_words(tmp_path, capsys):
     assert line.startswith("rank 3 lost 13.0 ms (21.7 %): high-priority work was ready")
     assert line.count(" ms (") == 3 and "gemm2 late" in line
     assert report.main([str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["bubble"] == 12
+    assert json.loads(capsys.readouterr().out)[0]["bubble"] == pytest.approx(12)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +221,7 @@ def test_prints_the_three_largest_losses_in_words(tmp_path, capsys):
     [
         ("a.json", b"not json", "neither JSON nor SQLite"),
         ("a.json", b"\xff\xfe\x00", "neither JSON nor SQLite"),
-        ("a.json", b"{}", "is no recorded step"),
+        ("a.json", b"{}", "neither a Chrome trace"),
         ("a.json", b'{"traceEvents": []}', "no GPU kernels"),
         ("a.json", None, "No such file"),
         ("a.sqlite", b"not a database at all, by no means", "no export of Nsight Systems"),
@@ -213,9 +234,32 @@ def test_refuses_other_files_in_a_sentence(tmp_path, capsys, name, content, said
     assert said in capsys.readouterr().err
 
 
-def test_a_database_without_kernels_is_refused(tmp_path):
-    with sqlite3.connect(tmp_path / "x.sqlite") as db:
-        db.execute("create table StringIds (id integer, value text)")
-    db.close()
-    with pytest.raises(ValueError, match="no CUDA kernels"):
-        report.read(tmp_path / "x.sqlite")
+def test_a_pattern_of_the_users_names_communication(tmp_path, capsys):
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(profile()))
+    assert report.main([str(path), "--json", "--communication", "^reb.*d$"]) == 0
+    (rank,) = json.loads(capsys.readouterr().out)
+    assert {m["name"] for m in rank["messages"]} == {"ncclDevKernel_SendRecv", "deep_ep::internode::dispatch", "rebuild"}
+    assert rank["compute"] == pytest.approx(32)
+    assert report.main([str(path)]) == 0
+    assert (
+        "counted as communication: ncclDevKernel_SendRecv 12.0 ms (1), deep_ep::internode::dispatch 4.0 ms (1)"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--communication", "("], "error: --communication (: must be a regular expression: missing )"),
+        (["--communication", "*"], "error: --communication *: must be a regular expression"),
+        (["--communication", "a{99999999999}"], "error: --communication a{99999999999}: must be a regular expression"),
+        (["--high-streams", "7,x"], "error: --high-streams 7,x: must be numbers of streams"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(tmp_path, capsys, arguments, said):
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(profile()))
+    assert report.main([str(path), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(said)

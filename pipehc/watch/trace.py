@@ -70,7 +70,7 @@ class Recorder:
     """
 
     def __init__(self, rank: int, device: torch.device, queues: Mapping[str, Queue]) -> None:
-        self._rank = rank
+        self._rank, self.device = rank, device
         self._clock = clock_of(device, queues)
         self._begun: Any = None
         self._actions: list[tuple[Run | Wait, Any, Any]] = []
@@ -185,9 +185,7 @@ def _open_range(name: str) -> Callable[[], None]:
     return close
 
 
-def save_step(
-    recorder: Recorder, program: Program, step: int, folder: Path, position: tuple[int, int], *, recompute: bool
-) -> None:
+def save_step(recorder: Recorder, program: Program, step: int, folder: Path, position: tuple[int, int], *, recompute: bool) -> None:
     """Brings the spans of all ranks together and writes a file a pipeline; collective over the world.
 
     position: (pipeline, position in it) of this rank. Files are folder/step-NNNNNN.json, and -pipelineN for others than the first.
@@ -203,4 +201,5 @@ def save_step(
         spans = merge([spans for number, _, spans in parts if number == pipeline], schedule.placement)
         title = f"{schedule.name}: {schedule.ranks} ranks, {schedule.microbatches} micro-batches, step {step}"
         name = f"step-{step:06}" + (f"-pipeline{pipeline}" if pipeline else "")
-        Recording(title, schedule, recompute, spans).save(folder / f"{name}.json")
+        recording = Recording(title, schedule, recompute, spans, step, pipeline, recorder.device.type)
+        recording.save(folder / f"{name}.json")

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from pipehc.schedules.spans import Span
+
 KINDS = {
     "F": ("#2f6fbd", "forward"),
     "B": ("#12805c", "backward"),
     "I": ("#1f9d74", "input gradient"),
     "W": ("#e08e0b", "weight gradient"),
     "R": ("#a14fb0", "recompute"),
+    "exchange": ("#c9b458", "expert all-to-all"),
     "activation": ("#7b97bd", "activation message"),
     "gradient": ("#86b79f", "gradient message"),
     "wait": ("#e9c6c6", "wait for a message"),
 }
 OTHER = "#8c8c8c"
+
+
+def hue(span: Span) -> str:
+    """The key of `KINDS` that a span is drawn and explained by."""
+    if span.queue == "wait":
+        return "wait"
+    # Nodes are named BLOCK.KIND.
+    return "exchange" if span.queue == "node" and span.what.endswith((".dispatch", ".combine")) else span.kind
 
 
 def color(kind: str, chunk: int = 0, chunks: int = 1) -> str:

@@ -28,8 +28,7 @@ TEMPLATE = r"""<!doctype html>
 <body>
 <header>
   <button id="fit">whole step</button>
-  <label><input type="checkbox" id="comm" checked> communication</label>
-  <label><input type="checkbox" id="high" checked> high priority</label>
+  @@ROWS@@
   @@LEGEND@@
   <span style="color:#666">wheel: zoom, drag: move, click: follow a micro-batch</span>
 </header>
@@ -40,28 +39,34 @@ TEMPLATE = r"""<!doctype html>
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const END = Math.max(...data.timelines.map(t => t.end)) || 1;
-const LEFT = 64, AXIS = 18, GAP = 5, HEIGHT = {compute: 20, high: 11, comm: 6};
-const [START, STOP, COLOR, QUEUE, STAGE, MICROBATCH, LANE, PAIR, TEXT] = [0, 1, 2, 3, 4, 5, 6, 7, 8];
+const AXIS = 18, GAP = 6, FONT = "11px system-ui, sans-serif", SMALL = "9px system-ui, sans-serif";
+const [START, STOP, COLOR, QUEUE, STAGE, MICROBATCH, LANE, PAIR, TEXT, LABEL] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9];
 const view = {from: 0, to: END};
 let followed = null;                               // [lane, micro-batch] to outline
-const shown = name => name === "compute" || document.getElementById(name).checked;
+const shown = name => { const box = document.getElementById(name); return !box || box.checked; };
 
 const panels = data.timelines.map((timeline, number) => {
   const canvas = document.getElementById("canvas" + number);
   return {timeline, canvas, context: canvas.getContext("2d"), tracks: []};
 });
+const LEFT = 24 + Math.max(...panels.flatMap(({timeline, context}) => {
+  context.font = FONT;
+  return timeline.names.map(name => context.measureText(name).width);
+}));
 
 function layout(panel) {                           // y of every track, then the height of the canvas
   let y = AXIS, rank = -1;
   panel.tracks = [];
   panel.labels = [];
   for (const [of, name, tracks] of panel.timeline.rows) {
-    if (of !== rank) { if (rank >= 0) y += GAP; rank = of; panel.labels.push([rank, y]); }
+    const height = data.heights[name], top = y;
+    if (of !== rank) { if (rank >= 0) y += GAP; rank = of; panel.labels.push([panel.timeline.names[rank], y + height / 2, FONT]); }
     if (!shown(name)) continue;
     for (const spans of tracks.length ? tracks : [[]]) {
-      panel.tracks.push({rank, name, spans, y, height: HEIGHT[name]});
-      y += HEIGHT[name];
+      panel.tracks.push({rank, name, spans, y, height});
+      y += height;
     }
+    if (name !== "compute") panel.labels.push([name, (top + y) / 2, SMALL]);
   }
   panel.height = y + GAP;
   const ratio = window.devicePixelRatio || 1;
@@ -104,19 +109,23 @@ function hatch(context, x, y, width, height) {
 function draw(panel) {
   const {context, timeline} = panel;
   context.clearRect(0, 0, panel.width, panel.height);
-  context.font = "11px system-ui, sans-serif";
+  context.font = FONT;
   context.textBaseline = "middle";
   drawAxis(panel);
-  context.fillStyle = "#222";
   context.textAlign = "right";
-  for (const [rank, y] of panel.labels) context.fillText("rank " + rank, LEFT - 8, y + 10);
+  for (const [text, y, font] of panel.labels) {
+    context.font = font;
+    context.fillStyle = font === FONT ? "#222" : "#888";
+    context.fillText(text, LEFT - 8, y);
+  }
   context.save();
   context.beginPath();
   context.rect(LEFT, 0, panel.width - LEFT, panel.height);
   context.clip();
   context.textAlign = "center";
   let drawn = 0;
-  for (const {name, spans, y, height} of panel.tracks) {
+  for (const {spans, y, height} of panel.tracks) {
+    context.font = height < 16 ? SMALL : FONT;
     let painted = -1;                              // right end of the last span, to skip what is below a pixel
     for (let i = firstVisible(spans, view.from); i < spans.length && spans[i][START] <= view.to; i++) {
       const span = spans[i], x = toX(panel, span[START]), right = toX(panel, span[STOP]), width = right - x;
@@ -133,10 +142,10 @@ function draw(panel) {
         context.lineWidth = 2;
         context.strokeRect(x + 1, y, Math.max(width - 2, 1), height - 1);
       }
-      if (height < 11 || span[MICROBATCH] < 0) continue;
-      const short = String(span[MICROBATCH]), long = timeline.texts[span[TEXT]];
+      const short = timeline.texts[span[LABEL]], long = timeline.texts[span[TEXT]];
+      if (!short) continue;
       const text = width > 14 * long.length + 10 ? long : short;
-      if (width > 6.5 * text.length + 2) {
+      if (width > (height < 16 ? 5.2 : 6.5) * text.length + 2) {
         context.fillStyle = ink;
         context.fillText(text, x + width / 2, y + height / 2);
       }
@@ -229,7 +238,7 @@ for (const panel of panels) {
   canvas.addEventListener("dblclick", () => show(0, END));
 }
 document.getElementById("fit").addEventListener("click", () => show(0, END));
-for (const id of ["comm", "high"]) document.getElementById(id).addEventListener("change", relayout);
+for (const box of document.querySelectorAll("header input")) box.addEventListener("change", relayout);
 window.addEventListener("resize", relayout);
 relayout();
 </script>

@@ -29,6 +29,8 @@ def show(timelines: Sequence[Timeline], console: Console) -> None:
         for line in _grid(timeline, per_char, letters, console.width):
             console.print(line, no_wrap=True, overflow="ignore", crop=False)
         console.print(_summary(timeline))
+        if any(span.queue == "node" for span in timeline.spans):
+            console.print(_nodes(timeline))
     if not letters:
         there = {span.kind for timeline in timelines for span in timeline.spans if span.queue == "compute"}
         legend = [Text(f" {name} ", Style(color=ink(color(k)), bgcolor=color(k))) for k, (_, name) in KINDS.items() if k in there]
@@ -44,7 +46,7 @@ def _time_per_character(timeline: Timeline, letters: bool) -> float:
 
 
 def _grid(timeline: Timeline, per_char: float, letters: bool, width: int) -> list[Text]:
-    name = len(f"rank {timeline.ranks - 1} ")
+    name = len(timeline.row(timeline.ranks - 1)) + 1
     characters = max(1, round(timeline.end / per_char))
     lines = [_line(timeline, rank, per_char, characters, letters) for rank in range(timeline.ranks)]
     block = max(20, width - name)
@@ -57,7 +59,7 @@ def _grid(timeline: Timeline, per_char: float, letters: bool, width: int) -> lis
                 axis[at : at + len(label)] = label
         result.append(Text(" " * name + "".join(axis).rstrip(), style="dim"))
         for rank, line in enumerate(lines):
-            result.append(Text(f"rank {rank} ".rjust(name)) + line[start : min(start + block, characters)])
+            result.append(Text(f"{timeline.row(rank)} ".rjust(name)) + line[start : min(start + block, characters)])
     return result
 
 
@@ -94,6 +96,22 @@ def _summary(timeline: Timeline) -> Table:
     percent = 100 / timeline.end if timeline.end else 0.0
     for rank, s in enumerate(timeline.summaries):
         live = "" if s.peak_live is None else f"{s.peak_live:g}"
-        shares = (f"{x:g} ({percent * x:.1f} %)" for x in (s.busy, s.idle, s.exposed))
-        table.add_row(str(rank), *shares, f"{s.hidden:g}", live)
+        shares = (f"{x:.6g} ({percent * x:.1f} %)" for x in (s.busy, s.idle, s.exposed))
+        table.add_row(timeline.row(rank).removeprefix("rank "), *shares, f"{s.hidden:g}", live)
+    return table
+
+
+def _nodes(timeline: Timeline) -> Table:
+    """Time in the nodes of all ranks, by what they are (a node is called BLOCK.KIND) and the action they are a part of."""
+    spent: dict[str, dict[str, float]] = {}
+    for span in timeline.spans:
+        if span.queue in ("node", "high"):
+            times = spent.setdefault(span.what.rsplit(".", 1)[-1], {})
+            times[span.kind] = times.get(span.kind, 0.0) + span.end - span.start
+    kinds = [kind for kind in KINDS if any(kind in times for times in spent.values())]
+    table = Table(box=None, pad_edge=False)
+    for heading in (f"{timeline.where}all ranks, time in nodes", *(KINDS[kind][1] for kind in kinds)):
+        table.add_column(heading, justify="right" if table.columns else "left")
+    for name, times in spent.items():
+        table.add_row(name, *(f"{times[kind]:.1f}" if kind in times else "" for kind in kinds))
     return table

@@ -8,10 +8,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 from pipehc.schedules.costs import Costs
+from pipehc.schedules.draw.colors import color, hue
 from pipehc.schedules.program import Program
 from pipehc.schedules.schedule import Schedule
 from pipehc.schedules.simulate import simulate
 from pipehc.schedules.spans import Span
+
+# Lines of a rank from top to bottom, with the height of one track in pixels: all drawings know these, and no others.
+HEIGHTS = {"compute": 20, "nodes": 14, "high": 10, "comm": 6}
+_LINES = {"compute": "compute", "wait": "compute", "node": "nodes", "high": "high", "send": "comm", "recv": "comm"}
 
 
 class Summary(NamedTuple):
@@ -25,7 +30,7 @@ class Summary(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Spans of one rank that share a line: `name` is compute, nodes, high or comm; what overlaps is on several tracks."""
+    """Spans of one rank that share a line: `name` is one of `HEIGHTS`; what overlaps is on several tracks."""
 
     rank: int
     name: str
@@ -34,12 +39,20 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Spans and summaries of one step. `unit` names the unit of time, if it has one (ms for recorded steps)."""
+    """Spans and summaries of one step. `unit` names the unit of time, if it has one (ms for recorded steps).
+
+    where: what stands before a rank in every row, to tell it from those of other timelines: "step 6 ".
+    """
 
     title: str
     spans: tuple[Span, ...]
     summaries: tuple[Summary, ...]
     unit: str = ""
+    where: str = ""
+
+    def row(self, rank: int) -> str:
+        """What a rank's row is called."""
+        return f"{self.where}rank {rank}"
 
     @property
     def ranks(self) -> int:
@@ -61,18 +74,28 @@ class Timeline:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """By rank: compute with its waits; nodes, if recorded; high if anything ran there; comm if a message took time."""
-        lines = "compute", "nodes", "high", "comm"
-        by_rank: dict[int, dict[str, list[Span]]] = {rank: {line: [] for line in lines} for rank in range(self.ranks)}
-        names = {"compute": "compute", "wait": "compute", "node": "nodes", "high": "high", "send": "comm", "recv": "comm"}
+        by_rank: dict[int, dict[str, list[Span]]] = {rank: {line: [] for line in HEIGHTS} for rank in range(self.ranks)}
         for span in self.spans:
             if span.end > span.start:
-                by_rank[span.rank][names[span.queue]].append(span)
+                by_rank[span.rank][_LINES[span.queue]].append(span)
         return tuple(
             Row(rank, name, _tracks(spans))
             for rank, groups in by_rank.items()
             for name, spans in groups.items()
             if spans or name == "compute"
         )
+
+    @staticmethod
+    def label(row: Row, span: Span) -> str:
+        """What is written on a span where there is room: the micro-batch, or the name of the node."""
+        if row.name == "nodes":
+            return span.what.split()[-1] if span.what.strip() else ""
+        return str(span.microbatch) if row.name == "compute" and span.queue != "wait" and span.microbatch >= 0 else ""
+
+    def color(self, span: Span) -> str:
+        """Hex colour: hue by what it is; on compute queues, tint by the stage that it belongs to."""
+        tinted = span.queue not in ("send", "recv", "wait")
+        return color(hue(span), *(self.chunk(span) if tinted else ()))
 
     def chunk(self, span: Span) -> tuple[int, int]:
         """Position of the span's stage on its rank, and how many stages the rank has. Messages have no tint."""
@@ -94,7 +117,7 @@ def simulated(what: Program | Schedule, costs: Costs, title: str | None = None) 
     return Timeline(title, result.spans, summaries)
 
 
-def recorded(spans: Iterable[Span], title: str, unit: str = "ms") -> Timeline:
+def recorded(spans: Iterable[Span], title: str, unit: str = "ms", where: str = "") -> Timeline:
     """The timeline of a recorded step. Exposed is the part of each wait in which its message was on the link.
 
     Raises ValueError if there is no span.
@@ -117,7 +140,7 @@ def recorded(spans: Iterable[Span], title: str, unit: str = "ms") -> Timeline:
         if span.kind == "R" and span.queue == "compute" and (transfer := arrivals.get((rank, "gradient", *_message(span)[1:]))):
             hidden[rank] += max(0.0, min(span.end, transfer.end) - span.start)
     summaries = tuple(Summary(b, e, end - b - e, h) for b, e, h in zip(busy, exposed, hidden))
-    return Timeline(title, spans, summaries, unit)
+    return Timeline(title, spans, summaries, unit, where)
 
 
 def _message(span: Span) -> tuple[str, int, int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from browser import browse
 from rich.console import Console
 
 from pipehc.schedules import Costs, Span, build, compile
@@ -171,7 +171,6 @@ def test_ticks_are_round_and_cover_the_axis() -> None:
 
 
 PROBE = """
-<script>
 const failures = [], check = (name, ok) => { if (!ok) failures.push(name); };
 const canvas = panels[0].canvas, box = () => canvas.getBoundingClientRect();
 const at = (x, y) => ({clientX: box().left + x, clientY: box().top + y});
@@ -198,28 +197,8 @@ const pixels = panels[0].context.getImageData(0, 0, canvas.width, canvas.height)
 for (let i = 0; i < pixels.length; i += 4) seen.add(pixels[i] * 65536 + pixels[i + 1] * 256 + pixels[i + 2]);
 check("colours " + seen.size, seen.size > 20);
 document.body.dataset.probe = failures.length ? "FAILED: " + failures.join("; ") : "passed";
-</script>
 """
-WATCH = "<script>window.onerror = text => { document.documentElement.dataset.error = text; };</script>"
 
 
 def test_page_works_in_a_browser(tmp_path: Path) -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    text = page(timelines()).replace("<head>", "<head>" + WATCH).replace("</body>", PROBE + "</body>")
-    (tmp_path / "page.html").write_text(text)
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --window-size=1400,900 --virtual-time-budget=5000"
-    command = [
-        chromium,
-        *flags.split(),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom",
-        f"file://{tmp_path / 'page.html'}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    root = re.search(r"<html[^>]*>", done.stdout)
-    assert root and "data-error" not in root.group(), root and root.group()
-    probe = re.search(r'data-probe="([^"]*)"', done.stdout)
-    assert probe and probe.group(1) == "passed", probe and probe.group(1)
+    assert browse(page(timelines()), PROBE, tmp_path) == "passed"

@@ -89,7 +89,7 @@ def test_every_file_is_written_and_the_csv_comes_back(tmp_path: Path, capsys: py
         (["1f1b", "--ranks", "2"], "error: 1f1b: needs --microbatches"),
         (["1f1b", *SMALL, "--chunks", "2"], "error: chunks = 2: 1f1b has a fixed number"),
         (["1f1b", *SMALL, "--f", "-1"], "error: costs.f = -1.0: must be a number >= 0"),
-        (["1f1b", *SMALL, "--compare", "gpipe", "--csv", "x"], "error: --csv holds one schedule"),
+        (["1f1b", *SMALL, "--compare", "gpipe", "--csv", "x"], "error: --csv x: holds one schedule"),
         (["nowhere.csv"], "error: [Errno 2] No such file or directory: 'nowhere.csv'"),
         (["1f1b", *SMALL, "--svg", "/nowhere/x.svg"], "error: [Errno 2] No such file"),
     ],

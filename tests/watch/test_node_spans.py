@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from browser import browse
 from processes import run_ranks
 
 from pipehc.comm.groups import edge_groups
@@ -16,6 +17,7 @@ from pipehc.model.stage import ModelStage
 from pipehc.model.wgrad import Accumulate, linear
 from pipehc.recompute import Chain, Exchange, Piece
 from pipehc.schedules import Costs, build, compile, simulate
+from pipehc.schedules.__main__ import main
 from pipehc.schedules.draw import recorded
 from pipehc.schedules.execute import execute
 from pipehc.schedules.recording import Recording, measured_costs
@@ -146,6 +148,23 @@ def test_all_to_alls_run_beside_the_other_half_only_where_pairs_are_interleaved(
         )  # fmt: skip
 
     assert longest(recordings[True]) >= 1e3 * ATTENTION > longest(recordings[False])
+
+
+def test_a_real_recording_comes_out_of_every_drawing(recordings, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert recordings[True].step in (1, 2, 3) and recordings[True].device == "cpu"
+    recordings[True].save(tmp_path / "x.json")
+    files = {kind: tmp_path / f"x.{kind}" for kind in ("svg", "png", "html", "trace")}
+    assert main(["show", str(tmp_path / "x.json"), *(str(a) for kind, path in files.items() for a in (f"--{kind}", path))]) == 0
+    spans = sum(span.end > span.start for span in recordings[True].spans)
+    assert files["svg"].read_text().count("<title>") > spans
+    assert files["trace"].read_text().count('"ph":"X"') > spans
+    assert files["png"].read_bytes()[1:4] == b"PNG"
+    probe = """
+        const missing = panels.filter(p => +p.canvas.dataset.drawn < 50).length, names = panels[1].tracks.map(t => t.name);
+        document.body.dataset.probe = missing || !names.includes("nodes") || !names.includes("high") ? "blank" : "passed";
+    """
+    assert browse(files["html"].read_text(), probe, tmp_path) == "passed"
 
 
 def test_nothing_is_counted_twice(recordings):

@@ -63,6 +63,7 @@ def test_records_every_action_and_message_where_it_was(tmp_path, name, recompute
     run_ranks(record, 2, tmp_path / "trace", name, recompute)
     recording = Recording.load(tmp_path / "trace" / "step-000007.json")
     assert "step 7" in recording.title
+    assert (recording.step, recording.pipeline, recording.device) == (7, 0, "cpu")
     program = compile(build(name, 2, 4), recompute=recompute)
     assert recording.program().instructions == program.instructions
     predicted = simulate(program, Costs(f=1, b=1, w=1, r=1))
@@ -130,6 +131,7 @@ def test_the_trainer_records_the_steps_asked_for_of_every_pipeline(tmp_path):
     for path in tmp_path.iterdir():
         recording = Recording.load(path)
         assert recording.schedule.microbatches == 4
+        assert recording.step == 2 and recording.pipeline == ("pipeline1" in path.name)
         assert {span.rank for span in recording.spans} == {0, 1}
         done = sorted((s.stage, s.kind, s.microbatch) for s in recording.spans if s.queue == "compute" and s.kind in "FW")
         assert [x for x in done if x[1] == "F"] == [(stage, "F", m) for stage in (0, 1) for m in range(4)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipehc.schedules.recording import Recording
 from pipehc.schedules.spans import Span
@@ -11,17 +13,26 @@ from pipehc.watch.profiles.intervals import Interval, common, length, minus, uni
 from pipehc.watch.profiles.model import Loss, Rank
 
 
-def read(path: Path) -> list[Rank]:
-    """One Rank per position in the pipeline. Raises ValueError for a file that is no recorded step."""
-    recording = Recording.load(path)
+def read(path: Path, data: Any) -> list[Rank]:
+    """One Rank per position in the pipeline. data: the file's JSON. Raises ValueError for a file that is no recorded step."""
+    recording = Recording.parse(data, path)
     total = max((span.end for span in recording.spans), default=0.0)
     by_rank: dict[int, list[Span]] = {rank: [] for rank in range(recording.schedule.ranks)}
     for span in recording.spans:
         by_rank[span.rank].append(span)
-    return [_rank(rank, spans, total, recording) for rank, spans in by_rank.items()]
+    # A file of before steps and devices were noted is called what its step was called: its name.
+    where = f"{path.stem} " if recording.step is None else recording.where
+    one_thread, notes = recording.device in (None, "cpu"), []
+    if one_thread:
+        assumed = " (assumed: the file does not say of which device it is)" if recording.device is None else ""
+        notes.append(
+            f"{where.strip()}: recorded on a CPU{assumed}, where one thread does everything: "
+            "that high-priority work stands behind other work is no loss there, and is not counted"
+        )
+    return [_rank(f"{where}rank {rank}", spans, total, recording, one_thread, notes) for rank, spans in by_rank.items()]
 
 
-def _rank(rank: int, spans: list[Span], total: float, recording: Recording) -> Rank:
+def _rank(name: str, spans: list[Span], total: float, recording: Recording, one_thread: bool, notes: Sequence[str]) -> Rank:
     placement = recording.schedule.placement
     busy = union(_times(spans, "compute", "high"))
     arrivals = {_message(span): (span.start, span.end) for span in spans if span.queue == "recv"}
@@ -49,26 +60,38 @@ def _rank(rank: int, spans: list[Span], total: float, recording: Recording) -> R
         arrived = arrivals.get(("gradient", span.lane, span.stage, span.microbatch), (0.0, 0.0))[1]
         hidden += max(0.0, min(span.end, arrived) - span.start)
     lost["recomputation ran though nothing had to be waited for"] = recompute - hidden
-    delay = _high_delay(spans, arrivals)
-    lost["high-priority work was ready, but stood behind other work"] = delay
+    delay = None if one_thread else _high_delay(spans, arrivals)
+    lost["high-priority work was ready, but stood behind other work"] = delay or 0.0
     losses = tuple(Loss(ms, why) for why, ms in lost.items())
     messages = union(_times(spans, "send", "recv"))
     return Rank(
-        f"rank {rank}", total, length(busy), length(messages), length(union(exposed)), recompute, hidden, delay, losses
+        name=name,
+        total=total,
+        compute=length(busy),
+        communication=length(messages),
+        exposed=length(union(exposed)),
+        copies=0.0,
+        recompute=recompute,
+        hidden=hidden,
+        high_delay=delay,
+        losses=losses,
+        step=recording.step,
+        notes=tuple(notes),
     )
 
 
 def _high_delay(spans: list[Span], arrivals: dict[tuple, Interval]) -> float:
     """The last piece of a forward is ready when the piece before it ends, the first of a backward when its gradient is there."""
     ends = {_message(span): span.end for span in spans if span.queue == "compute"}
-    delay = 0.0
+    waiting: list[Interval] = []
     for span in (span for span in spans if span.queue == "high"):
         ready = ends.get(_message(span)) if span.kind == "F" else None
         if span.kind in ("B", "I"):
             arrival = arrivals.get(("gradient", span.lane, span.stage, span.microbatch))
             ready = None if arrival is None else arrival[1]
-        delay += max(0.0, span.start - ready) if ready is not None else 0.0
-    return delay
+        if ready is not None:
+            waiting.append((ready, span.start))
+    return length(union(waiting))
 
 
 def _times(spans: list[Span], *queues: str) -> list[Interval]:
