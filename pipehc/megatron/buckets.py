@@ -55,7 +55,8 @@ def bucket_order(chunk: DistributedDataParallel) -> list[Bucket]:
     """
     named = list(chunk.module.named_parameters())
     place = {parameter: index for index, (_, parameter) in enumerate(named)}
-    firsts = [(min(map(place.__getitem__, group.params)), group) for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
+    groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+    firsts = [(min(place[parameter] for parameter in group.params), group) for group in groups]
     return [Bucket(named[first][0], group) for first, group in sorted(firsts, key=lambda pair: -pair[0])]
 
 

@@ -82,8 +82,8 @@ def equalize(chunks: Sequence[nn.Module], held: Sequence[tuple[int, int]]) -> No
 
 
 def count_once(chunks: Sequence[Any], held: Sequence[tuple[int, int]], config: Any) -> None:
-    """For DDP-wrapped chunks, before the optimizer is built: gradients are averaged over data parallelism alone, and the norm counts
-    one replica."""
+    """For DDP-wrapped chunks, before the optimizer is built: gradients are averaged over data parallelism alone, and the norm
+    counts one replica."""
     for chunk, (lane, _) in zip(chunks, held):
         chunk.counts_replicas_once = True
         if not config.calculate_per_token_loss:
