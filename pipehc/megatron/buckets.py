@@ -17,7 +17,7 @@ class Bucket:
     """Gradients that are summed together: one of DDP's bucket groups. name: of its first parameter."""
 
     def __init__(self, name: str, group: Any) -> None:
-        self._name, self._group = name, group
+        self._name, self.group = name, group
         self.parameters: list[nn.Parameter] = list(group.params)
         self.owed = 0
         """Gradients that W has still to compute."""
@@ -41,7 +41,7 @@ class Bucket:
     def start(self) -> None:
         """Starts to sum it over its replicas. Asynchronous."""
         self.close()
-        self._group.start_grad_sync()
+        self.group.start_grad_sync()
 
     def end(self) -> None:
         """The end of a step."""
@@ -79,6 +79,10 @@ class BucketReduction:
             for parameter in bucket.parameters:
                 self._bucket_of[parameter] = bucket
                 parameter.register_post_accumulate_grad_hook(bucket.comes)
+
+    def buckets(self, chunk: DistributedDataParallel) -> list[Bucket]:
+        """In the order in which they are summed."""
+        return self._buckets[chunk]
 
     def owe(self, parameter: nn.Parameter) -> None:
         """A gradient of `parameter` will be computed later."""
