@@ -111,8 +111,8 @@ def _forward_impl(layer: nn.Module, accumulators: _Accumulators) -> Callable[...
             return upstream(layer, input=input, weight=weight, bias=bias, **kwargs)
         scattered = kwargs["sequence_parallel"]
         split = Split(kwargs["tp_group"], scattered) if scattered or kwargs["allreduce_dgrad"] else None
-        owe = partial(accumulators.owe, parameters)
-        accumulate = Accumulate(*(accumulators[p] for p in parameters), owe=owe)  # type: ignore[arg-type]
+        of_weight, *of_bias = (accumulators[p] for p in parameters)
+        accumulate = Accumulate(of_weight, of_bias[0] if of_bias else None, partial(accumulators.owe, parameters))
         return linear(input, weight, accumulate, bias, split)
 
     return forward

@@ -40,15 +40,10 @@ def evaluations(processes, arguments):
 
 
 @pytest.fixture(scope="module")
-def plain():
-    return losses(2, PP2 + UNFLAGGED)
-
-
-@pytest.fixture(scope="module")
-def unflagged(tmp_path_factory):
-    """A checkpoint of the plain job after three iterations, whose optimizer state goes by pipeline ranks."""
-    folder = tmp_path_factory.mktemp("unflagged")
-    losses(2, f"{PP2}{UNFLAGGED}--save-interval 3 --exit-interval 3 --save {folder}")
+def halfway(tmp_path_factory):
+    """A checkpoint of the plain job after three iterations."""
+    folder = tmp_path_factory.mktemp("halfway")
+    losses(2, f"{PP2}--save-interval 3 --exit-interval 3 --save {folder}")
     return folder
 
 
@@ -57,27 +52,27 @@ def unflagged(tmp_path_factory):
     "arguments",
     ["--schedule dualpipe", f"{UNFLAGGED}--schedule dualpipe --bf16", f"{VPP2}--schedule dualpipev", "--schedule zb_h1"],
 )
-def test_evaluation_alone(unflagged, arguments):
+def test_evaluation_alone(halfway, arguments):
     """With whatever options of an optimizer that there is not."""
     precision = "--bf16 " if "bf16" in arguments else ""
-    expected = evaluations(2, f"{PP2}{precision}--load {unflagged}")
-    found = evaluations(2, f"{PP2}{arguments} --load {unflagged}")
+    expected = evaluations(2, f"{PP2}{precision}--load {halfway}")
+    found = evaluations(2, f"{PP2}{arguments} --load {halfway}")
     assert [split for split, _ in found] == [split for split, _ in expected] == ["validation", "test"]
     for (_, loss), (_, other) in zip(found, expected):
         assert float(loss) == pytest.approx(float(other), abs=5e-4 if precision else 5e-6)
 
 
 @pytest.mark.slow
-def test_optimizer_state_by_pipeline_ranks(plain, unflagged, tmp_path):
+def test_optimizer_state_by_pipeline_ranks(tmp_path):
     """The refusal says what works: one load and save by the plain job with the flag, or the weights alone."""
-    dual = f"{PP2}{UNFLAGGED}--schedule dualpipe --load "
+    job = PP2 + "--bf16 " + UNFLAGGED  # Megatron itself cannot load such state of fp32 weights
+    plain, old, new = losses(2, job), tmp_path / "old", tmp_path / "new"
+    losses(2, f"{job}--save-interval 3 --exit-interval 3 --save {old}")
     advice = rf"ValueError: --load: .*\(dp_reshardable\).* without pipehc.*{FLAG.strip()}; or .*--no-load-optim"
     with pytest.raises(RuntimeError, match=advice):
-        losses(2, f"{dual}{unflagged}")
-    with pytest.raises(RuntimeError, match="ValueError: --load: "):  # the flag of this job changes nothing
-        losses(2, f"{dual}{unflagged} {FLAG}")
-    found, _ = losses(2, f"{dual}{unflagged} --no-load-optim --no-load-rng")
-    assert found[0][0] == pytest.approx(plain[0][3][0], abs=3e-6)
+        losses(2, f"{job}--schedule dualpipe --load {old} {FLAG}")  # which changes nothing here
+    weights, _ = losses(2, f"{job}--schedule dualpipe --load {old} --no-load-optim --no-load-rng")
+    assert weights[0][0] == pytest.approx(plain[0][3][0], abs=1e-4)
 
-    losses(2, f"{PP2}{UNFLAGGED}{FLAG}--load {unflagged} --save {tmp_path} --save-interval 4 --exit-interval 4")
-    assert_same(losses(2, f"{dual}{tmp_path}"), plain, first=4)
+    losses(2, f"{job}{FLAG}--load {old} --save {new} --save-interval 4 --exit-interval 4")
+    assert_same(losses(2, f"{job}--schedule dualpipe --load {new}"), plain, first=4, rounding=50)
