@@ -75,4 +75,6 @@ def test_optimizer_state_by_pipeline_ranks(tmp_path):
     assert weights[0][0] == pytest.approx(plain[0][3][0], abs=1e-4)
 
     losses(2, f"{job}{FLAG}--load {old} --save {new} --save-interval 4 --exit-interval 4")
-    assert_same(losses(2, f"{job}--schedule dualpipe --load {new}"), plain, first=4, rounding=50)
+    goes_on = losses(2, f"{job}--load {new}")
+    assert len(goes_on[0]) == 2
+    assert_same(losses(2, f"{job}--schedule dualpipe --load {new}"), goes_on, rounding=50)
