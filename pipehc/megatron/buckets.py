@@ -1,6 +1,12 @@
-"""The buckets of a stage in the order in which its last weight gradients complete them, and their reduction one by one."""
+"""Which gradients of a rank's stages are still to come, and the sums of those that are complete, bucket by bucket.
 
-from collections.abc import Collection
+A bucket that is summed too early is the worst of faults: what comes afterwards stays on its rank, and no error tells of it. So
+every gradient is accounted for, in every step: those that W computes are owed from the backward on until they land, and autograd
+tells of its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -8,72 +14,131 @@ from torch import nn
 
 
 class Bucket:
-    """Gradients that are summed together: one of DDP's bucket groups."""
+    """Gradients that are summed together: one of DDP's bucket groups. name: of its first parameter."""
 
-    def __init__(self, group: Any, deferred: Collection[nn.Parameter]) -> None:
-        self.group = group
-        self.deferred = {parameter for parameter in group.params if parameter in deferred}  # what W computes of it
+    def __init__(self, name: str, group: Any) -> None:
+        self._name, self.group = name, group
+        self.parameters: list[nn.Parameter] = list(group.params)
+        self.owed = 0
+        """Gradients that W has still to compute."""
+        self.closed = False
+        """Whether its sum has begun."""
+
+    def open(self) -> None:
+        """A new step."""
+        self.owed, self.closed = 0, False
+
+    def comes(self, *_: Any) -> None:
+        """A gradient for it is there, or will be."""
+        assert not self.closed, f"a gradient for the bucket of {self._name} comes after its sum has begun"
+
+    def close(self) -> None:
+        """Its sum begins."""
+        assert not self.closed, f"the bucket of {self._name} is summed twice in a step"
+        assert not self.owed, f"the bucket of {self._name} is summed before {self.owed} of its gradients are there"
+        self.closed = True
+
+    def start(self) -> None:
+        """Starts to sum it over its replicas. Asynchronous."""
+        self.close()
+        self.group.start_grad_sync()
+
+    def end(self) -> None:
+        """The end of a step."""
+        assert self.closed, f"the bucket of {self._name} is not summed"
 
 
-def bucket_order(chunk: DistributedDataParallel, deferred: Collection[nn.Parameter]) -> list[Bucket]:
+def bucket_order(chunk: DistributedDataParallel) -> list[Bucket]:
     """The buckets of a stage, first that of its last layers: W goes through the layers as the backward does.
 
     The order follows from the model alone, so that all replicas of a stage have the same.
     """
-    place = {parameter: index for index, parameter in enumerate(chunk.module.parameters())}
-    buckets = [Bucket(group, deferred) for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
-    return sorted(buckets, key=lambda bucket: -min(place[parameter] for parameter in bucket.deferred or bucket.group.params))
+    named = list(chunk.module.named_parameters())
+    place = {parameter: index for index, (_, parameter) in enumerate(named)}
+    groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+    firsts = [(min(place[parameter] for parameter in group.params), group) for group in groups]
+    return [Bucket(named[first][0], group) for first, group in sorted(firsts, key=lambda pair: -pair[0])]
 
 
 class BucketReduction:
-    """Starts to sum the gradients of stages over their replicas. All replicas must begin, and start, their stages in one order."""
+    """Starts to sum the gradients of stages over their replicas. All replicas must begin, and start, their stages in one order.
+
+    `owe` and `landed` are for `install_deferral`.
+    """
 
     def __init__(self) -> None:
         self._buckets: dict[DistributedDataParallel, list[Bucket]] = {}
-        self._landing: Landing | None = None
-        self.deferred: set[nn.Parameter] = set()
-        """The weights whose gradients W computes; to be filled before a chunk's buckets are asked for."""
+        self._bucket_of: dict[nn.Parameter, Bucket] = {}
+        self._owed = 0  # by all parameters, in buckets or not
+        self._last: list[Bucket] = []  # of the stage whose last W is next or on its way: those to be summed, in their order
+
+    def watch(self, chunk: DistributedDataParallel) -> None:
+        """To be called once for each stage that is to be summed here, before its first forward."""
+        self._buckets[chunk] = bucket_order(chunk)
+        for bucket in self._buckets[chunk]:
+            for parameter in bucket.parameters:
+                self._bucket_of[parameter] = bucket
+                parameter.register_post_accumulate_grad_hook(bucket.comes)
 
     def buckets(self, chunk: DistributedDataParallel) -> list[Bucket]:
         """In the order in which they are summed."""
-        if chunk not in self._buckets:
-            self._buckets[chunk] = bucket_order(chunk, self.deferred)
         return self._buckets[chunk]
+
+    def owe(self, parameter: nn.Parameter) -> None:
+        """A gradient of `parameter` will be computed later."""
+        self._owed += 1
+        if (bucket := self._bucket_of.get(parameter)) is not None:
+            bucket.comes()
+            bucket.owed += 1
+
+    def landed(self, parameter: nn.Parameter) -> None:
+        """One that was owed is in its bucket: starts to sum every bucket that now has all, in their order."""
+        self._owed -= 1
+        if (bucket := self._bucket_of.get(parameter)) is not None:
+            bucket.owed -= 1
+            self._start_complete()
 
     def expect_last(self, chunk: DistributedDataParallel) -> None:
         """From now on only the last W of a stage computes gradients of it: each bucket is summed as soon as it has all of them."""
-        self._landing = Landing(self.buckets(chunk))
+        self._last = list(self._buckets[chunk])
+        self._start_complete()
 
-    def start(self, chunk: DistributedDataParallel) -> None:
-        """Start to sum what is left of a stage's gradients; call after its last weight gradient. Asynchronous."""
-        landing, self._landing = self._landing, None
-        (landing or Landing(self.buckets(chunk))).start_all()
+    def start(self, chunk: DistributedDataParallel, by: Callable[[], None] | None = None) -> None:
+        """Start to sum what is left of a stage's gradients; call after its last weight gradient. Asynchronous.
 
-    def landed(self, parameter: nn.Parameter) -> None:
-        """Called for every deferred weight gradient (see `install_deferral`)."""
-        if self._landing is not None:
-            self._landing.landed(parameter)
+        by: sums all of them, in the place of the buckets' own sums.
+        """
+        self._last = []
+        for bucket in self._buckets[chunk]:
+            if by is not None:
+                bucket.close()
+            elif not bucket.closed:
+                bucket.start()
+        if by is not None:
+            by()
 
-    def forget(self) -> None:
-        """What an interrupted step left."""
-        self._landing = None
+    def begin_step(self) -> None:
+        """No gradients are there; what an interrupted step left is forgotten."""
+        self._owed, self._last = 0, []
+        for buckets in self._buckets.values():
+            for bucket in buckets:
+                bucket.open()
 
+    def end_step(self, summed: Sequence[DistributedDataParallel]) -> None:
+        """Every backward of a step is over, and the sums of the stages in `summed` have begun."""
+        assert not self._owed, f"{self._owed} weight gradients that the step owes were not computed"
+        for chunk in summed:
+            for bucket in self._buckets[chunk]:
+                bucket.end()
+                bucket.open()  # what is computed outside of steps is not ours
 
-class Landing:
-    """The last W of a stage on its way. All gradients that it does not compute must be there; each of its own comes once."""
+    @contextmanager
+    def step(self, summed: Sequence[DistributedDataParallel]) -> Iterator[None]:
+        """From `begin_step` to `end_step`."""
+        self.begin_step()
+        yield
+        self.end_step(summed)
 
-    def __init__(self, buckets: list[Bucket]) -> None:
-        self._left = list(buckets)
-        self._missing = {parameter for bucket in buckets for parameter in bucket.deferred}
-
-    def landed(self, parameter: nn.Parameter) -> None:
-        """A weight gradient is complete: starts to sum every bucket that now is, in their order."""
-        if parameter in self._missing:
-            self._missing.remove(parameter)
-            while self._left and self._missing.isdisjoint(self._left[0].deferred):
-                self._left.pop(0).group.start_grad_sync()
-
-    def start_all(self) -> None:
-        """The rest: buckets with an expert that got no token, and those without any weight gradient."""
-        while self._left:
-            self._left.pop(0).group.start_grad_sync()
+    def _start_complete(self) -> None:
+        while self._last and not self._last[0].owed:
+            self._last.pop(0).start()

@@ -8,14 +8,22 @@ of its micro-batch; so W may come in any order, and nothing has to be set where 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from pipehc.model.wgrad import WeightGradStore, open_store
 
-AccumulatorOf = Callable[[nn.Parameter], Callable[[torch.Tensor | None], None]]
+
+class Accumulators(Protocol):
+    """Where gradients go."""
+
+    def owe(self, parameters: Sequence[nn.Parameter]) -> None:
+        """A gradient of each will come later."""
+
+    def __getitem__(self, parameter: nn.Parameter) -> Callable[[torch.Tensor | None], None]:
+        """What takes one; None says that it has been added to `main_grad`."""
 
 
 def te_linear_layers(model: nn.Module) -> list[nn.Module]:
@@ -23,16 +31,13 @@ def te_linear_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if _te_class(m) is not None and getattr(m, "wgrad_store", None) is not None]
 
 
-def defer_te_layers(
-    layers: Sequence[nn.Module], accumulator_of: AccumulatorOf, *, overlapped: bool
-) -> tuple[set[nn.Parameter], Counter[str]]:
+def defer_te_layers(layers: Sequence[nn.Module], accumulators: Accumulators, *, overlapped: bool) -> Counter[str]:
     """Route the weight gradients of `layers` through `pipehc.model.wgrad` where TE can delay them.
 
     overlapped: DDP starts reductions in the backward, and insists on a gradient for each parameter there.
 
-    Returns the weights whose gradients are deferred, and reason -> number of the layers whose gradients come in the backward.
+    Returns reason -> number of the layers whose gradients come in the backward.
     """
-    deferred: set[nn.Parameter] = set()
     at_once: Counter[str] = Counter()
     for layer in layers:
         weights = [p for name, p in layer.named_parameters(recurse=False) if name.startswith("weight")]
@@ -40,12 +45,11 @@ def defer_te_layers(
             continue
         reason = _reason_against(layer, weights, overlapped)
         if reason is None:
-            deferred.update(weights)
-            layer.register_forward_pre_hook(_Delayed(layer, weights, accumulator_of).begin)
+            layer.register_forward_pre_hook(_Delayed(layer, weights, accumulators).begin)
         else:
             at_once[reason] += 1
             layer.register_forward_pre_hook(_add_always)
-    return deferred, at_once
+    return at_once
 
 
 def _te_class(layer: nn.Module) -> type[Any] | None:
@@ -74,8 +78,8 @@ def _add_always(layer: Any, _: Any) -> None:
 class _Delayed:
     """A layer whose weight gradients wait for W."""
 
-    def __init__(self, layer: Any, weights: Sequence[nn.Parameter], accumulator_of: AccumulatorOf) -> None:
-        self._layer, self._weights, self._accumulator_of = layer, weights, accumulator_of
+    def __init__(self, layer: Any, weights: Sequence[nn.Parameter], accumulators: Accumulators) -> None:
+        self._layer, self._weights, self._accumulators = layer, weights, accumulators
         self._te: Any = _te_class(layer)
         self._at_once = layer.wgrad_store
 
@@ -91,6 +95,7 @@ class _Delayed:
 
         def put_and_owe(tensors: Any, compute: Any) -> None:
             put(tensors, compute)
+            self._accumulators.owe(self._weights)
             owed.put(partial(self._compute, store))
 
         store.put = put_and_owe
@@ -107,4 +112,4 @@ class _Delayed:
         self._te.backward_dw(self._layer)
         for weight, old in zip(self._weights, before):
             gradient, weight.grad = weight.grad, old
-            self._accumulator_of(weight)(gradient)
+            self._accumulators[weight](gradient)

@@ -2,8 +2,9 @@
 of their own, and TransformerEngine's."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,18 @@ from pipehc.megatron.te_wgrad import defer_te_layers, te_linear_layers
 from pipehc.megatron.versions import weight_shards
 from pipehc.model.wgrad import Accumulate, Split, linear
 
-Landed = Callable[[nn.Parameter], None]
+
+class Account(Protocol):
+    """Told of every gradient that goes around autograd."""
+
+    def owe(self, parameter: nn.Parameter) -> None:
+        """In the backward: it will come."""
+
+    def landed(self, parameter: nn.Parameter) -> None:
+        """It is there."""
 
 
-def install_deferral(model: nn.Module, landed: Landed | None = None) -> set[nn.Parameter]:
+def install_deferral(model: nn.Module, account: Account | None = None) -> None:
     """Route the weight gradients of every column- and row-parallel linear of `model` through `pipehc.model.wgrad`; call it once.
 
     That is all projections of attention, dense FFN, routed and shared experts, and the output layer, with any tensor and sequence
@@ -33,10 +42,7 @@ def install_deferral(model: nn.Module, landed: Landed | None = None) -> set[nn.P
     Args:
         model: a stage, or Megatron's DDP around one: then gradients go into `main_grad` through DDP's own hook, which also starts
             the overlapped reduction of a bucket whose gradients are complete.
-        landed: called with a parameter after each gradient that went to it this way.
-
-    Returns:
-        The weights whose gradients are deferred.
+        account: keeps track of these gradients.
 
     Raises:
         ValueError: for what replaces the weight gradient by another: defer_embedding_wgrad_compute, and weights in shards (GTP).
@@ -48,16 +54,15 @@ def install_deferral(model: nn.Module, landed: Landed | None = None) -> set[nn.P
             raise ValueError("defer_embedding_wgrad_compute = True: must be False, weight gradients are deferred by the schedule")
         if weight_shards(layer) != 1:
             raise ValueError(f"gtp_remat size = {weight_shards(layer)}: must be 1, weights in shards cannot be deferred")
-    accumulators = _Accumulators(model, landed)
+    accumulators = _Accumulators(model, account)
     for layer in layers:
         layer._forward_impl = _forward_impl(layer, accumulators)
     overlapped = isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_grad_reduce
-    deferred, at_once = defer_te_layers(te_layers, accumulators.__getitem__, overlapped=overlapped)
+    at_once = defer_te_layers(te_layers, accumulators, overlapped=overlapped)
     if not dist.is_initialized() or dist.get_rank() == 0:
         for reason, count in at_once.items():
             text = f"pipehc: {count} TransformerEngine layers compute their weight gradients in the backward, not in W: {reason}"
             warnings.warn(text, stacklevel=2)
-    return deferred.union(layer.weight for layer in layers if layer.weight is not None)
 
 
 class _Accumulators:
@@ -66,9 +71,14 @@ class _Accumulators:
     Called with None, it only says that the gradient has been added to `main_grad`.
     """
 
-    def __init__(self, model: nn.Module, landed: Landed | None) -> None:
-        self._ddp, self._landed = model if isinstance(model, DistributedDataParallel) else None, landed
+    def __init__(self, model: nn.Module, account: Account | None) -> None:
+        self._ddp, self._account = model if isinstance(model, DistributedDataParallel) else None, account
         self._made: dict[nn.Parameter, Callable[[torch.Tensor | None], None]] = {}
+
+    def owe(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self._account is not None:
+            for parameter in parameters:
+                self._account.owe(parameter)
 
     def __getitem__(self, parameter: nn.Parameter) -> Callable[[torch.Tensor | None], None]:
         if parameter not in self._made:
@@ -84,8 +94,8 @@ class _Accumulators:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                     if hook is not None:
                         hook()
-            if self._landed is not None:
-                self._landed(parameter)
+            if self._account is not None:
+                self._account.landed(parameter)
 
         return accumulate
 
@@ -95,13 +105,14 @@ def _forward_impl(layer: nn.Module, accumulators: _Accumulators) -> Callable[...
 
     def forward(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         # Frozen layers owe nothing. A weight that is no parameter is a result of others, and its gradient must go on to them.
-        parameters = [p for p in (weight, bias) if p is not None]
-        deferrable = all(isinstance(p, nn.Parameter) and p.requires_grad for p in parameters)
-        if not (torch.is_grad_enabled() and deferrable):
+        given = [p for p in (weight, bias) if p is not None]
+        parameters = [p for p in given if isinstance(p, nn.Parameter) and p.requires_grad]
+        if not torch.is_grad_enabled() or len(parameters) < len(given):
             return upstream(layer, input=input, weight=weight, bias=bias, **kwargs)
         scattered = kwargs["sequence_parallel"]
         split = Split(kwargs["tp_group"], scattered) if scattered or kwargs["allreduce_dgrad"] else None
-        accumulate = Accumulate(*(accumulators[p] for p in parameters))  # type: ignore[index]
+        of_weight, *of_bias = (accumulators[p] for p in parameters)
+        accumulate = Accumulate(of_weight, of_bias[0] if of_bias else None, partial(accumulators.owe, parameters))
         return linear(input, weight, accumulate, bias, split)
 
     return forward

@@ -22,7 +22,7 @@ class HyperConnection(nn.Module):
     """Maps H_pre, H_post and H_res of one sub-layer F:  x' = H_res x + H_post^T F(H_pre x).
 
     Parameters, fp32 whatever the model's dtype: phi [n*C, n*n + 2n] (hc and harmonized: [C, n + 2]), alpha [3],
-    bias [n*n + 2n]; for hybrid also blend_logit [], lambda before its sigmoid. Buffers of harmonized:
+    bias [n*n + 2n]; for hybrid also blend_logit [1], lambda before its sigmoid. Buffers of harmonized:
     s [] and gain_average [], to be set in place by a feedback controller.
 
     Streams are [s, b, n*C]; coefficients are [s*b, n] and [s*b, n, n]. With `track` set, the token mean of H_res is gathered for
@@ -64,7 +64,7 @@ class HyperConnection(nn.Module):
         manifolds.Birkhoff(iterations), manifolds.Isometric(condition)
         self._settings_of_maps = manifolds.Settings(iterations, condition, static)
         if family.scalar_is == "learned":
-            self.blend_logit = nn.Parameter(torch.empty(()))
+            self.blend_logit = nn.Parameter(torch.empty(1))  # one dimension: Megatron's weight decay spares no other scalars
         if family.scalar_is == "controlled":
             self.register_buffer("s", torch.ones(()))
             self.register_buffer("gain_average", torch.zeros(()))  # 0: no gain was seen yet
@@ -80,7 +80,7 @@ class HyperConnection(nn.Module):
         """The map from logits to H_res, with the present value of its scalar."""
         family, scalar = KINDS[self.kind], None
         if family.scalar_is == "learned":
-            scalar = torch.sigmoid(self.blend_logit)
+            scalar = torch.sigmoid(self.blend_logit).squeeze()
         if family.scalar_is == "controlled":
             scalar = self.get_buffer("s")
         return family.of(self._settings_of_maps, scalar)

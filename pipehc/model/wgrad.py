@@ -67,10 +67,11 @@ class Split(NamedTuple):
 
 
 class Accumulate(NamedTuple):
-    """What takes the gradient of the weight [m, k], and of the bias [m] if there is one."""
+    """What takes the gradient of the weight [m, k], and of the bias [m] if there is one. owe: called before, in the backward."""
 
     weight: Callable[[torch.Tensor], None]
     bias: Callable[[torch.Tensor], None] | None = None
+    owe: Callable[[], None] = lambda: None
 
 
 def linear(
@@ -118,6 +119,7 @@ class _Linear(torch.autograd.Function):
             if accumulate.bias is not None:
                 accumulate.bias(rows.sum(dim=0))
 
+        accumulate.owe()
         if ctx.store is None:
             compute()
         else:

@@ -116,7 +116,7 @@ def initialise(model, std=0.05):
                 elif name.endswith("alpha"):
                     parameter.fill_(0.3)
             continue
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 and not name.endswith("bias"):
             continue
         expert = ".experts." in title
         size = ps.get_expert_tensor_parallel_world_size() if expert else ps.get_tensor_model_parallel_world_size()
@@ -135,6 +135,8 @@ def initialise(model, std=0.05):
 
 
 def global_name(model, name):
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if not match:
         return name
@@ -183,8 +185,8 @@ class Job:
     """
 
     def __init__(self, schedule=None, *, tp=1, pp=1, ep=1, cp=1, vpp=None, layers=8, residual=None, distributed_optimizer=False,
-                 overlap_grad_reduce=False, bucket_size=None, options=(), model_options=(), frozen=None, run=(),
-                 search=()):  # fmt: skip
+                 overlap_grad_reduce=False, overlap_param_gather=False, bucket_size=None, options=(), model_options=(), frozen=None,
+                 run=(), search=()):  # fmt: skip
         from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -196,7 +198,7 @@ class Job:
         self.config = config = model_config(tp, pp, ep, vpp, layers, context_parallel_size=cp, **dict(options))
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=False, overlap_grad_reduce=overlap_grad_reduce, use_distributed_optimizer=distributed_optimizer,
-            bucket_size=bucket_size,
+            bucket_size=bucket_size, overlap_param_gather=overlap_param_gather,
         )  # fmt: skip
         name = schedule or "megatron"
         model_provider = provider(config, **dict(model_options))
@@ -234,14 +236,23 @@ class Job:
 
     def step(self, step, microbatches):
         """(loss, gradient norm), the same on every rank."""
+        reports = self.accumulate(step, microbatches)
+        norm = self.update()
+        return self.mean(reports), norm
+
+    def accumulate(self, step, microbatches):
+        """The gradients of a step alone; returns what the loss function reported."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self.call(step, microbatches)
+        return self.call(step, microbatches)
+
+    def update(self):
+        """Their norm."""
         successful, norm, _ = self.optimizer.step()
         assert successful
         self.scheduler.step(increment=1)
-        return self.mean(reports), float(norm)
+        return float(norm)
 
     def evaluate(self, step, microbatches):
         with torch.no_grad():

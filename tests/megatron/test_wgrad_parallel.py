@@ -86,7 +86,7 @@ def test_two_tensor_parallel_ranks_equal_upstream(sequence, dtype):
     def compare(rank):
         groups = build_groups(1, 2, 1, False)
         upstream, ours = (wrapped(groups, sequence, dtype, overlap=False) for _ in range(2))
-        assert len(install_deferral(ours)) == 2  # the output layer has no weight of its own
+        install_deferral(ours)
         for index in range(2):
             upstream.module(tokens(index)).backward()
         expected = gradients(upstream)

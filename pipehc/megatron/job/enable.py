@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -11,15 +10,15 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, pipeline_parallel
-from megatron.core.utils import get_model_config
 
 from pipehc.megatron.job.job_refusals import refuse_job
-from pipehc.megatron.job.mirror import count_once, counted_once, gradient_groups
-from pipehc.megatron.job.model_chunks import build_chunks
+from pipehc.megatron.job.mirror import counted_once, gradient_groups
+from pipehc.megatron.job.optimizer_shards import saved_by_name
 from pipehc.megatron.job.position import acting_at, held_stages, megatron_place
 from pipehc.megatron.job.schedule import ForwardBackward, forward_backward_func
 from pipehc.megatron.job.source import Megatrons, ScheduleSource
 from pipehc.megatron.job.spec import Residual, residual_settings
+from pipehc.megatron.job.wrapped_chunks import OurModelConfig, wrapped_chunks
 from pipehc.schedules import Schedule
 
 
@@ -106,7 +105,7 @@ class Enabled:
         return self._function
 
     def _setup_model_and_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Refuses what cannot work before anything is built, and turns a model builder into a provider, which `get_model` takes."""
+        """Refuses what cannot work before anything is built; a model builder then gets our chunks, as `get_model` does."""
 
         def setup_model_and_optimizer(
             model_type: Any, model_provider_func: Any = None, checkpointing_context: Any = None, **given: Any
@@ -117,42 +116,27 @@ class Enabled:
             refuse_job(get_args(), self._source, pipeline.size(), self._residual)
             container = given.get("cfg_container")
             if container is not None and getattr(container, "model", None) is not None:
-                model_provider_func = _provider_of(container.model)
                 given["cfg_container"] = copy.copy(container)
-                given["cfg_container"].model = None
+                given["cfg_container"].model = OurModelConfig(container.model, self._source, self._residual)
             return original(model_type, model_provider_func, checkpointing_context, **given)
 
         return setup_model_and_optimizer
 
     def _get_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_model(model_provider_func: Any, *args: Any, **given: Any) -> list[Any]:
-            pipeline = parallel_state.get_pipeline_model_parallel_group()
-            placement = self._source.placement(pipeline.size())
-            held = held_stages(placement, pipeline.rank())
+            def wrap(chunk_of: Callable[..., torch.nn.Module], groups: Any) -> list[Any]:
+                seen = {} if groups is None else {"pg_collection": groups}
+                return list(original(chunk_of, *args, **given | seen))
+
             config = {} if given.get("config") is None else {"config": given["config"]}
-            chunks = build_chunks(model_provider_func, placement, self._residual, ours=self._source.name != "megatron", **config)
-            if placement.lanes == 1:
-                return list(original(lambda *_, vp_stage=None, **__: chunks[vp_stage or 0], *args, **given))
-            wrapped = []
-            with gradient_groups(placement):
-                for (_, stage), chunk in zip(held, chunks):
-                    with acting_at(megatron_place(placement, stage)[0]) as group:
-                        if given.get("pg_collection") is not None:
-                            given["pg_collection"] = copy.copy(given["pg_collection"])
-                            given["pg_collection"].pp = group
-                        wrapped += original(lambda *_, _chunk=chunk, **__: _chunk, *args, **given)
-            if hasattr(wrapped[0], "ddp_config"):
-                for chunk in wrapped:  # the optimizer wants one; --ddp-num-buckets made a bucket size for each
-                    chunk.ddp_config = wrapped[0].ddp_config
-                count_once(wrapped, held, get_model_config(wrapped[0]))
-            return wrapped
+            return wrapped_chunks(self._source, self._residual, model_provider_func, wrap, given.get("pg_collection"), **config)
 
         return get_model
 
     def _get_megatron_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_megatron_optimizer(*args: Any, **given: Any) -> Any:
             with gradient_groups(self._source.placement(parallel_state.get_pipeline_model_parallel_world_size())):
-                return original(*args, **given)
+                return saved_by_name(original(*args, **given), self._source)
 
         return get_megatron_optimizer
 
@@ -185,21 +169,3 @@ class Enabled:
             return original(model, force_create_fp32_copy)
 
         return calc_params_l2_norm
-
-
-def _provider_of(model_config: Any) -> Callable[..., torch.nn.Module]:
-    """The model provider that a builder of megatron.training.models amounts to."""
-    hooks = [name for name in ("pre_wrap_hooks", "post_wrap_hooks") if getattr(model_config, name, None)]
-    if hooks:
-        raise ValueError(f"{hooks[0]}: not supported; apply them in a model_provider")
-    builder = model_config.get_builder_cls()(model_config)
-    parameters = inspect.signature(builder.build_model).parameters
-
-    def model_provider(
-        pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, pg_collection: Any = None
-    ) -> torch.nn.Module:
-        given = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
-        model: torch.nn.Module = builder.build_model(pg_collection, **{k: v for k, v in given.items() if k in parameters})
-        return model
-
-    return model_provider

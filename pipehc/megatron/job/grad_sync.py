@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -15,6 +16,13 @@ from pipehc.model.reduction import EarlyReduction
 from pipehc.schedules import Program
 
 
+def as_list(functions: Any, chunks: int = 1) -> list[Any]:
+    """Megatron's options take None, a function for all of `chunks`, or one for each; an empty list for None."""
+    if functions is None:
+        return []
+    return list(functions) if isinstance(functions, list) else [functions] * chunks
+
+
 def reduces_early(chunk: nn.Module) -> bool:
     """Whether the job wants reductions to run beside the backward."""
     return isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_grad_reduce
@@ -24,11 +32,10 @@ def reduces_early(chunk: nn.Module) -> bool:
 def without_grad_sync(chunks: Sequence[Any], config: Any) -> Iterator[None]:
     """No gradient starts its reduction by being counted: with weight gradients deferred, the last one to come is not the last
     micro-batch's."""
-    functions = config.no_sync_func
-    if functions is None:
-        functions = [c.no_sync for c in chunks if isinstance(c, DistributedDataParallel)]
+    functions = [chunk.no_sync for chunk in chunks if isinstance(chunk, DistributedDataParallel)]  # whatever the job's own does
+    functions += as_list(config.no_sync_func)
     with contextlib.ExitStack() as stack:
-        for function in functions if isinstance(functions, list) else [functions]:
+        for function in functions:
             stack.enter_context(function())
         yield
 
@@ -42,32 +49,26 @@ def early_reduction(
     queues: Mapping[str, Queue],
 ) -> EarlyReduction:
     """Sums the gradients of a chunk when its last weight gradient is there: bucket by bucket, or by a function of the job's own."""
-    functions = config.grad_sync_func
-    if functions is not None and not isinstance(functions, list):
-        functions = [functions] * len(chunks)
-    if functions is not None and all(map(_is_megatrons, functions, chunks.values())):
-        functions = None  # what --align-grad-reduce sets
+    functions = as_list(config.grad_sync_func, len(chunks))
+    if all(map(_is_megatrons, functions, chunks.values())):
+        functions = []  # what --align-grad-reduce sets
 
     def start(held: tuple[int, int]) -> None:
         join(queues)  # gradients of hyper-connections come from other queues
-        if functions is None:
-            reduction.start(chunks[held])
-        else:
-            functions[list(chunks).index(held)](chunks[held].parameters())
+        chunk = chunks[held]
+        reduction.start(chunk, partial(functions[list(chunks).index(held)], chunk.parameters()) if functions else None)
 
     def expect(held: tuple[int, int]) -> None:
-        if functions is None:
+        if not functions:
             join(queues)
             reduction.expect_last(chunks[held])
 
-    reduction.forget()
     return EarlyReduction(program, rank, start, expect)
 
 
 def refuse_param_sync(chunks: Sequence[Any], config: Any) -> None:
     """ValueError for a param_sync_func of the job's own, which is not called."""
-    functions = config.param_sync_func or []
-    for function in functions if isinstance(functions, list) else [functions]:
+    for function in as_list(config.param_sync_func):
         if not any(_is_megatrons(function, chunk, "start_param_sync") for chunk in chunks):
             raise ValueError(
                 f"param_sync_func = {function!r}: is not called under our schedules, which start the gathers of Megatron's DDP; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from pipehc.megatron.job.optimizer_shards import moves_stages
 from pipehc.megatron.job.refusals import refuse_options, refuse_placement, refuse_tied, refuse_values
 from pipehc.megatron.job.source import ScheduleSource
 from pipehc.megatron.versions import refuse_optimizer
@@ -56,8 +57,7 @@ def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: An
         refuse_tied(placement)
     if replicated:
         _refuse_replicas(args)
-    moved = any(rank != stage % ranks for lane in placement.table for stage, rank in enumerate(lane))
-    if moved and (args.save or args.load or getattr(args, "pretrained_checkpoint", None)):
+    if moves_stages(placement) and (args.save or args.load or getattr(args, "pretrained_checkpoint", None)):
         _refuse_checkpoints(args)
     if ours:
         data_parallel = args.data_parallel_size
@@ -96,8 +96,8 @@ def _refuse_checkpoints(args: Namespace) -> None:
     """Where stages are not where Megatron's own layouts have them, or exist twice: only formats that go by global names."""
     if args.ckpt_format != "torch_dist":
         raise ValueError(f"ckpt_format = {args.ckpt_format!r}: goes by pipeline ranks; set --ckpt-format torch_dist")
-    if not args.use_distributed_optimizer or args.no_save_optim:
-        return
+    if not args.use_distributed_optimizer or not args.save or args.no_save_optim or getattr(args, "skip_train", False):
+        return  # what is loaded says itself how it was saved: see `saved_by_name`
     if not getattr(args, "dist_ckpt_optim_fully_reshardable", False):
         raise ValueError(
             "dist_ckpt_optim_fully_reshardable = False: the optimizer's shards would go by pipeline ranks; "

@@ -82,8 +82,8 @@ def equalize(chunks: Sequence[nn.Module], held: Sequence[tuple[int, int]]) -> No
 
 
 def count_once(chunks: Sequence[Any], held: Sequence[tuple[int, int]], config: Any) -> None:
-    """For DDP-wrapped chunks, before the optimizer is built: gradients are averaged over data parallelism alone, the norm counts
-    one replica, and a checkpoint holds one."""
+    """For DDP-wrapped chunks, before the optimizer is built: gradients are averaged over data parallelism alone, and the norm
+    counts one replica."""
     for chunk, (lane, _) in zip(chunks, held):
         chunk.counts_replicas_once = True
         if not config.calculate_per_token_loss:
@@ -92,12 +92,9 @@ def count_once(chunks: Sequence[Any], held: Sequence[tuple[int, int]], config: A
                 buffer.gradient_scaling_factor *= 2
                 for bucket in buffer.buckets:
                     bucket.gradient_scaling_factor *= 2
-        if lane == 0:
-            continue
-        if not chunk.ddp_config.use_distributed_optimizer:  # which gives every element one owner
+        if lane == 1 and not chunk.ddp_config.use_distributed_optimizer:  # which gives every element one owner
             for parameter in chunk.parameters():
                 parameter.shared = True
-        _keep_out_of_checkpoints(chunk)
 
 
 class Counted:
@@ -116,6 +113,13 @@ def counted_once(chunks: Sequence[nn.Module], held: Sequence[tuple[int, int]], s
     """Stands in for the chunks of a rank. sharded: the distributed optimizer's shards will be asked for, each of which there is
     once, instead of the parameters, of which each replica has all."""
     return [Counted(chunk, lane, sharded) for chunk, (lane, _) in zip(chunks, held, strict=True)]
+
+
+def save_once(chunks: Sequence[nn.Module], held: Sequence[tuple[int, int]]) -> None:
+    """A checkpoint holds one replica of each stage, that of lane 0: in whatever wrappers, for training or evaluation."""
+    for chunk, (lane, _) in zip(chunks, held, strict=True):
+        if lane == 1:
+            _keep_out_of_checkpoints(chunk)
 
 
 def _keep_out_of_checkpoints(chunk: Any) -> None:

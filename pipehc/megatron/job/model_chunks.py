@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import nn
 
-from pipehc.megatron.job.mirror import count_once, equalize, gradient_groups
+from pipehc.megatron.job.mirror import count_once, equalize, gradient_groups, save_once
 from pipehc.megatron.job.position import acting_at, held_stages, megatron_place
 from pipehc.megatron.job.refusals import (
     DDP_OPTIONS,
@@ -68,6 +68,7 @@ def build_chunks(
         chunks = _build(model_provider, placement, held, settings, ours, provider_arguments)
     if placement.lanes == 2:
         equalize(chunks, held)
+        save_once(chunks, held)
     return chunks
 
 

@@ -190,7 +190,9 @@ class ForwardBackward:
                     stack.enter_context(gain_feedback(chunks))
                     stack.enter_context(without_grad_sync(chunks, config))
                     start_gathers(chunks)
-                    if not force_all_reduce and all(map(reduces_early, chunks)):
+                    reduced_early = chunks if not force_all_reduce and all(map(reduces_early, chunks)) else []
+                    stack.enter_context(self._reduction.step(reduced_early))
+                    if reduced_early:
                         by_place = dict(zip(held, chunks))
                         early = early_reduction(program, pipeline.rank(), by_place, config, self._reduction, self._queues)
                         observers.append(early)
@@ -245,10 +247,9 @@ class ForwardBackward:
             for chunk in new:
                 self._chains[chunk] = decoder_chain(unwrap_model(chunk).decoder, self._block)
                 self._device = next(chunk.parameters()).device
-                deferred = install_deferral(chunk, self._reduction.landed)
-                if (head := getattr(unwrap_model(chunk), "output_layer", None)) is not None:
-                    deferred.discard(head.weight)  # ChunkStage computes its gradient at once
-                self._reduction.deferred |= deferred
+                install_deferral(chunk, self._reduction)
+                if reduces_early(chunk):
+                    self._reduction.watch(chunk)
                 for wrapper in wrappers(chunk):
                     if hasattr(wrapper, "pg_collection"):
                         # Float16Module asks it whether this is the last stage; without it, it asks as `acting_at` lets it.

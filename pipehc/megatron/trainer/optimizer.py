@@ -37,7 +37,8 @@ class Optimizer:
         self._chunks = [_wrap(model, groups, config.runtime.bucket_size) for model in models]
         self._reduction = BucketReduction()
         for chunk in self._chunks:
-            self._reduction.deferred |= install_deferral(chunk, self._reduction.landed)
+            install_deferral(chunk, self._reduction)
+            self._reduction.watch(chunk)
         self._megatron = _distributed_optimizer(config, groups, self._chunks)
         self._parts: list[DistributedOptimizer] = self._megatron.chained_optimizers  # dense and, with ep > 1, experts
         self._reducing: set[StageModel] = set()
@@ -55,7 +56,7 @@ class Optimizer:
                 group.is_last_microbatch = False  # reductions start when we say so, not by counting gradients
         self._megatron.zero_grad()
         self._reducing.clear()
-        self._reduction.forget()
+        self._reduction.begin_step()
 
     def expect_last(self, model: StageModel) -> None:
         """From now on only the last W of a stage computes gradients of it: each bucket is summed as soon as it has all of them.
@@ -74,6 +75,7 @@ class Optimizer:
         for model in self.models:
             if model not in self._reducing:
                 self.start_reduction(model)
+        self._reduction.end_step(self._chunks)
         for chunk in self._chunks:
             chunk.finish_grad_sync()
 

@@ -23,7 +23,7 @@ def layer(config=None, **options):
 
 def test_weight_gradients_wait_and_come_in_any_order():
     model, x = layer(), torch.randn(2, 4, 3)
-    assert install_deferral(model) == {model.weight}
+    install_deferral(model)
     stores = [WeightGradStore(), WeightGradStore()]
     for store, part in zip(stores, x):
         with store.deferring():
@@ -58,7 +58,7 @@ def test_what_te_cannot_delay_comes_at_once(options, setting, reason):
     for name, value in setting.items():
         setattr(model.config, name, value)
     with pytest.warns(UserWarning, match=f"1 TransformerEngine layers compute their weight gradients in the backward.*{reason}"):
-        assert install_deferral(model) == set()
+        install_deferral(model)
     with store.deferring():
         y, _ = model(torch.ones(1, 3))
     y.sum().backward()
@@ -68,7 +68,7 @@ def test_what_te_cannot_delay_comes_at_once(options, setting, reason):
 def test_frozen_layers_are_left_alone():
     model, store = layer(), WeightGradStore()
     model.weight.requires_grad_(False)
-    assert install_deferral(model) == set()
+    install_deferral(model)
     with store.deferring():
         model(torch.ones(1, 3, requires_grad=True))[0].sum().backward()
     assert len(store) == 0

@@ -320,3 +320,19 @@ def test_buckets_are_summed_as_the_last_weight_gradients_land():
         assert all(np.array_equal(many[name], one[name]) for name in one) and many.keys() == one.keys()
     assert all(started > 3 and buckets > 5 for started, buckets in small[0][1]) and small[1][1][1][0] == 0
     assert all(buckets <= 2 for _, buckets in large[0][1])
+
+
+def test_a_sum_before_the_weight_gradients_is_found():
+    def run(rank):
+        config = tiny_config()
+        groups = build_groups(1, 1, 1, False)
+        [model] = held(config, groups).values()
+        optimizer, store = build_optimizer(config, groups, [model]), WeightGradStore()
+        optimizer.zero_grad()
+        with store.deferring():
+            loss = local_loss(config, 0, model, 0)
+        loss.backward()
+        with pytest.raises(AssertionError, match=r"the bucket of .* is summed before \d+ of its gradients are there"):
+            optimizer.reduce_gradients()
+
+    run_ranks(run, 1)
