@@ -15,7 +15,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
-from torch import nn
 
 from pipehc.config.schema import ResidualConfig
 from pipehc.megatron.job.job_refusals import refuse_job
@@ -23,7 +22,7 @@ from pipehc.megatron.job.loading import loading
 from pipehc.megatron.job.mirror import count_once, counted_once, gradient_groups
 from pipehc.megatron.job.model_chunks import build_chunks
 from pipehc.megatron.job.position import acting_at, held_stages, megatron_place
-from pipehc.megatron.job.refusals import refuse_unconverted, refusing_everywhere
+from pipehc.megatron.job.promise import PROMISE
 from pipehc.megatron.job.schedule import ForwardBackward, forward_backward_func
 from pipehc.megatron.job.source import refuse_unknown_options
 from pipehc.megatron.job.spec import Residual, converted_once, residual_settings
@@ -81,13 +80,12 @@ class Enabled:
     def __init__(self, function: ForwardBackward | MegatronsOwn, residual: ResidualConfig | None, from_plain: bool) -> None:
         self._function, self._source, self._residual, self._from_plain = function, function.source, residual, from_plain
         self._before: list[tuple[Any, str, Any]] = []
-        self._checked: set[nn.Module] = set()
-        self._running = False
 
     def install(self) -> None:
         if Enabled._current is not None:
             raise RuntimeError("pipehc.megatron is enabled already; call disable() of the first")
         Enabled._current = self
+        PROMISE.make(self._residual)
         try:
             self._install()
         except BaseException:
@@ -96,7 +94,7 @@ class Enabled:
 
     def _install(self) -> None:
         for name in MEGATRONS:
-            self._replace(schedules, name, lambda _: self._forward_backward)
+            self._replace(schedules, name, lambda _: self._function)
         self._replace(schedules, "forward_step", self._forward_step)
         self._replace(dist_checkpointing, "load", lambda load: loading(load, self._from_plain))
         if self._residual is not None:
@@ -116,6 +114,7 @@ class Enabled:
         for owner, name, value in reversed(self._before):
             setattr(owner, name, value)
         self._before.clear()
+        PROMISE.make(None)
         Enabled._current = None
 
     def __enter__(self) -> Enabled:
@@ -131,25 +130,12 @@ class Enabled:
 
     # -- in the place of Megatron's functions
 
-    def _forward_backward(self, **arguments: Any) -> list:
-        model = arguments["model"]
-        chunks = model if isinstance(model, list) else [model]
-        if not self._checked.issuperset(chunks):
-            with refusing_everywhere():
-                refuse_unconverted(chunks, self._residual)
-            self._checked.update(chunks)
-        self._running = True
-        try:
-            return self._function(**arguments)
-        finally:
-            self._running = False
-
     def _forward_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """All of Megatron's schedules call it: also those that a loop got before they were replaced."""
 
         @functools.wraps(original)
         def forward_step(*args: Any, **given: Any) -> Any:
-            if not self._running:
+            if not PROMISE.running:
                 raise RuntimeError(
                     "pipehc.megatron is enabled, but the loop runs a schedule of Megatron's that it got before, or by name; call "
                     "enable() before it asks get_forward_backward_func(), or run what forward_backward_func(...) of "

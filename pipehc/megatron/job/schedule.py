@@ -33,6 +33,7 @@ from pipehc.megatron.job.grad_sync import early_reduction, reduces_early, refuse
 from pipehc.megatron.job.hang import HangReport
 from pipehc.megatron.job.mirror import mirrored_groups
 from pipehc.megatron.job.position import exchanged, held_stages, megatron_place
+from pipehc.megatron.job.promise import keeping_promise
 from pipehc.megatron.job.refusals import BUILD, refuse_call, refuse_model, refuse_places, refuse_unmirrored, refusing_everywhere
 from pipehc.megatron.job.source import ScheduleSource, refuse_unknown_options, source_of
 from pipehc.megatron.job.tracing import Tracing
@@ -57,7 +58,7 @@ def forward_backward_func(
     watchdog_folder: str = "pipehc_watchdog",
     nvtx: bool = False,
     **search: Any,
-) -> Callable[..., list]:
+) -> ForwardBackward | MegatronsOwn:
     """A function to call, or to let Megatron's `train_step` call, as what `get_forward_backward_func()` returns.
 
     The model chunks must be those of the schedule's placement: `build_model_chunks`, or Megatron's own for linear and interleaved
@@ -87,7 +88,7 @@ def forward_backward_func(
         "recompute": recompute, "recompute_block": recompute_block, "overlap": overlap, "timeout_s": timeout_s,
         "trace_steps": trace_steps, "trace_folder": trace_folder, "watchdog_folder": watchdog_folder, "nvtx": nvtx,
     }  # fmt: skip
-    defaults = forward_backward_func.__kwdefaults__
+    defaults = forward_backward_func.__kwdefaults__ or {}
     refuse_unknown_options(schedule, {name: value for name, value in run.items() if value != defaults[name]} | search)
     if schedule == "megatron":
         return MegatronsOwn()
@@ -126,6 +127,7 @@ class ForwardBackward:
         self._announced: set[bool] = set()  # whether forward only
         self._message = "no stage messages"
 
+    @keeping_promise
     def __call__(
         self,
         *,

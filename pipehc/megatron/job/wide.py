@@ -12,6 +12,7 @@ from torch import nn
 
 from pipehc.megatron.job.announcement import announce, megatrons_own
 from pipehc.megatron.job.feedback import gain_feedback
+from pipehc.megatron.job.promise import keeping_promise
 from pipehc.megatron.job.refusals import refuse_groups
 from pipehc.megatron.job.source import Megatrons
 from pipehc.megatron.layer import hyper_connection_layers
@@ -44,6 +45,7 @@ class MegatronsOwn:
         self.source = Megatrons()
         self._announced = False
 
+    @keeping_promise
     def __call__(self, **arguments: Any) -> list:
         ranks = parallel_state.get_pipeline_model_parallel_world_size()
         virtual_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
