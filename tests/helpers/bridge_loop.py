@@ -56,14 +56,35 @@ class Loop:
         self.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.groups)
         self.config.grad_scale_func = self.optimizer.scale_loss
 
+    def forward_backward(self):
+        virtual = self.config.virtual_pipeline_model_parallel_size
+        return get_forward_backward_func(pp_size=self.groups.pp.size(), vp_size=virtual)
+
+    def call(self, forward_backward, step, microbatches, **more):
+        """The reports of one call. more: other arguments of it."""
+        from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+        data = [megatron_job.batches(step, microbatches) for _ in self.model]
+        arguments = dict(
+            forward_step_func=megatron_job.forward_step,
+            data_iterator=data if len(data) > 1 else data[0],
+            model=self.model,
+            num_microbatches=microbatches,
+            seq_length=megatron_job.SEQUENCE,
+            micro_batch_size=megatron_job.MICRO_BATCH,
+            decoder_seq_length=megatron_job.SEQUENCE,
+            forward_only=False,
+            adjust_tensor_shapes_fn=None,
+            p2p_communicator=P2PCommunicator(pp_group=self.groups.pp, config=self.config),
+            pg_collection=self.groups,
+        )
+        return forward_backward(**(arguments | more))
+
     def train(self, steps, microbatches):
         """([(loss, gradient norm)] of the last pipeline rank, elsewhere losses are None; what was printed)."""
-        from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
         from megatron.core.rerun_state_machine import get_rerun_state_machine
 
-        virtual = self.config.virtual_pipeline_model_parallel_size
-        forward_backward = get_forward_backward_func(pp_size=self.groups.pp.size(), vp_size=virtual)
-        communicator = P2PCommunicator(pp_group=self.groups.pp, config=self.config)
+        forward_backward = self.forward_backward()
         machine = get_rerun_state_machine()
         machine.current_iteration = 0
         found, printed = [], io.StringIO()
@@ -72,21 +93,8 @@ class Loop:
                 for chunk in self.model:
                     chunk.zero_grad_buffer()
                 self.optimizer.zero_grad()
-                data = [megatron_job.batches(step, microbatches) for _ in self.model]
                 with contextlib.redirect_stdout(printed):
-                    reports = forward_backward(
-                        forward_step_func=megatron_job.forward_step,
-                        data_iterator=data if len(data) > 1 else data[0],
-                        model=self.model,
-                        num_microbatches=microbatches,
-                        seq_length=megatron_job.SEQUENCE,
-                        micro_batch_size=megatron_job.MICRO_BATCH,
-                        decoder_seq_length=megatron_job.SEQUENCE,
-                        forward_only=False,
-                        adjust_tensor_shapes_fn=None,
-                        p2p_communicator=communicator,
-                        pg_collection=self.groups,
-                    )
+                    reports = self.call(forward_backward, step, microbatches)
             _, norm, _ = self.optimizer.step()
             total = torch.stack([report["lm loss"] for report in reports]).sum(0) if reports else None
             found.append((None if total is None else float(total[0] / total[1]), float(norm)))

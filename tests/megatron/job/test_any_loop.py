@@ -1,5 +1,7 @@
 """`enable` in loops that are not megatron.training's: it works there, or the first step says what to call instead."""
 
+import copy
+
 import megatron.core.models.gpt.gpt_model
 import megatron.core.optimizer
 import megatron.training.training  # noqa: F401 (imported once, for all children)
@@ -74,31 +76,30 @@ def start_wrongly(rank):
 
     megatron_job.initialize(pp=2)
     said = []
-    early, earlier = Loop(pp=2, layers=2), get_forward_backward_func()
-    arguments = dict(
-        forward_step_func=megatron_job.forward_step, data_iterator=megatron_job.batches(0, 4), model=early.model,
-        num_microbatches=4, seq_length=megatron_job.SEQUENCE, micro_batch_size=megatron_job.MICRO_BATCH,
-    )  # fmt: skip
+    loop, earlier = Loop(pp=2, layers=2), get_forward_backward_func()
+
+    def call(forward_backward=None, **more):
+        said.append(refused(lambda: loop.call(forward_backward or loop.forward_backward(), 0, 4, **more)))
+
     with enable("1f1b", residual="mhc"):
-        said.append(refused(lambda: early.train(1, 4)))  # its model was built before
-        said.append(refused(lambda: earlier(**arguments)))
-        said.append(refused(lambda: build_model_chunks(megatron_job.provider(early.config), "1f1b", residual="hc")))
+        call()  # its model was built before
+        call(earlier)
+        said.append(refused(lambda: build_model_chunks(megatron_job.provider(loop.config), "1f1b", residual="hc")))
     with enable("megatron", residual="mhc"):
-        said.append(refused(lambda: early.train(1, 4)))
+        call()
     with enable("dualpipe"):
-        said.append(refused(lambda: early.train(1, 4)))
+        call()
 
     class Other(P2PCommunicator):
         pass
 
-    group = parallel_state.get_pipeline_model_parallel_group()
     with enable("1f1b"):
-        own = get_forward_backward_func()
-        said.append(refused(lambda: own(**arguments, p2p_communicator=Other(group, early.config))))
-        early.groups.pp = parallel_state.get_data_parallel_group()
-        said.append(refused(lambda: own(**arguments, pg_collection=early.groups)))
+        call(p2p_communicator=Other(parallel_state.get_pipeline_model_parallel_group(), loop.config))
+        groups = copy.copy(loop.groups)
+        groups.pp = parallel_state.get_data_parallel_group()
+        call(pg_collection=groups)
     with enable("1f1b", residual="mhc"):  # both ways of asking for the same thing
-        chunks = build_model_chunks(megatron_job.provider(early.config), "1f1b", residual="mhc")
+        chunks = build_model_chunks(megatron_job.provider(loop.config), "1f1b", residual="mhc")
         assert chunks[0].decoder.layers[0].residual.kind == "mhc"
     assert get_forward_backward_func() is earlier
     return said

@@ -1,6 +1,7 @@
 """Set-ups that cannot work are refused before anything runs: one message, with key, value and remedy, on every rank."""
 
 import argparse
+import functools
 import re
 from types import SimpleNamespace
 
@@ -99,11 +100,15 @@ def test_options_of_the_model(name):
     assert_flags_exist(str(caught.value))
 
 
-def assert_flags_exist(message):
+@functools.cache
+def known_flags():
     from megatron.training.arguments import add_megatron_arguments
 
-    known = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._option_string_actions
-    assert set(re.findall(r"--[a-z][\w-]*(?<!-)(?![\w-])", message)) <= known.keys(), message
+    return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._option_string_actions.keys()
+
+
+def assert_flags_exist(message):
+    assert set(re.findall(r"--[a-z][\w-]*(?<!-)(?![\w-])", message)) <= known_flags(), message
 
 
 JOB = dict(
