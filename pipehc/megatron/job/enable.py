@@ -95,7 +95,7 @@ class Enabled:
     def _install(self) -> None:
         for name in MEGATRONS:
             self._replace(schedules, name, lambda _: self._function)
-        self._replace(schedules, "forward_step", self._forward_step)
+        self._replace(schedules, "get_model_config", self._begun_by_megatron)
         self._replace(dist_checkpointing, "load", lambda load: loading(load, self._from_plain))
         if self._residual is not None:
             self._replace(GPTModel, "__init__", self._gpt_model)
@@ -130,20 +130,20 @@ class Enabled:
 
     # -- in the place of Megatron's functions
 
-    def _forward_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """All of Megatron's schedules call it: also those that a loop got before they were replaced."""
+    def _begun_by_megatron(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's schedules, and they alone, begin with this call: also those that a loop got before they were replaced."""
 
         @functools.wraps(original)
-        def forward_step(*args: Any, **given: Any) -> Any:
+        def get_config(model: Any) -> Any:
             if not PROMISE.running:
                 raise RuntimeError(
                     "pipehc.megatron is enabled, but the loop runs a schedule of Megatron's that it got before, or by name; call "
                     "enable() before it asks get_forward_backward_func(), or run what forward_backward_func(...) of "
                     "pipehc.megatron returns"
                 )
-            return original(*args, **given)
+            return original(model)
 
-        return forward_step
+        return get_config
 
     def _gpt_model(self, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)

@@ -61,7 +61,7 @@ def test_enabling_twice_and_taking_it_back():
 
     names = [
         (schedules, "forward_backward_no_pipelining"), (schedules, "forward_backward_pipelining_with_interleaving"),
-        (schedules, "forward_backward_pipelining_without_interleaving"), (schedules, "forward_step"),
+        (schedules, "forward_backward_pipelining_without_interleaving"), (schedules, "get_model_config"),
         (dist_checkpointing, "load"), (GPTModel, "__init__"),
         *((training, name) for name in ("get_model", "get_megatron_optimizer", "setup_model_and_optimizer",
                                         "build_train_valid_test_data_iterators", "calc_params_l2_norm")),
