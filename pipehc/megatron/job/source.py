@@ -178,9 +178,11 @@ class Searched:
         """On rank 0."""
         report, costs = self._reports[microbatches], self._costs
         given = ", ".join(
-            f"{f.name} = {getattr(costs, f.name)}" for f in fields(costs) if f.name in "fbw" or getattr(costs, f.name) != f.default
+            f"{f.name} = {_short(getattr(costs, f.name))}"
+            for f in fields(costs)
+            if f.name in ("f", "b", "w") or getattr(costs, f.name) != f.default
         )
-        source = "default costs, give costs=Costs(...)" if self._default_costs else "costs"
+        source = "the default costs (costs=Costs(...) gives others)" if self._default_costs else "costs"
         bound = "proven the best" if report.optimal else f"at most {report.gap:.1%} from the best possible"
         named = "no named schedule fits"
         if report.named is not None:
@@ -188,6 +190,11 @@ class Searched:
         if report.schedule.name == report.named:
             named = f"it is {report.named}"
         return f"searched over the {self._placement} placement from {source} {given}: {named}, {bound}"
+
+
+def _short(value: Any) -> str:
+    """Four digits of a number, or of each in nested tuples."""
+    return f"({', '.join(map(_short, value))})" if isinstance(value, tuple) else f"{value:.4g}"
 
 
 def _virtual_stages() -> int | None:

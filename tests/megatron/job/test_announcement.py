@@ -59,7 +59,7 @@ def test_megatrons_own_schedules():
 def test_what_a_search_found_and_from_which_costs():
     def searched(rank):
         said = []
-        for options in ({}, {"costs": Costs(f=40, b=40, w=40, link=20), "placement": "v"}):
+        for options in ({}, {"costs": Costs(f=40, b=40, w=40, link=20 / 3, weights=(1, 2.00001)), "placement": "v"}):
             source = source_of("auto", options)
             source.build(2, 4, False)
             said.append(source.origin(4))
@@ -67,9 +67,9 @@ def test_what_a_search_found_and_from_which_costs():
 
     ((default, given),) = run_ranks(searched, 1)
     assert default.startswith(
-        "searched over the linear placement from default costs, give costs=Costs(...) f = 1.0, b = 1.0, w = 1.0: "
+        "searched over the linear placement from the default costs (costs=Costs(...) gives others) f = 1, b = 1, w = 1: "
     )
-    assert given.startswith("searched over the v placement from costs f = 40, b = 40, w = 40, link = 20: ")
+    assert given.startswith("searched over the v placement from costs f = 40, b = 40, w = 40, link = 6.667, weights = (1, 2): ")
     assert all("best" in text and ("faster than" in text or "it is" in text) for text in (default, given))
 
 

@@ -78,13 +78,15 @@ def start_wrongly(rank):
     said = []
     loop, earlier = Loop(pp=2, layers=2), get_forward_backward_func()
 
+    fresh = megatron_job.provider(megatron_job.model_config(pp=2, layers=2))
+
     def call(forward_backward=None, **more):
         said.append(refused(lambda: loop.call(forward_backward or loop.forward_backward(), 0, 4, **more)))
 
     with enable("1f1b", residual="mhc"):
         call()  # its model was built before
         call(earlier)
-        said.append(refused(lambda: build_model_chunks(megatron_job.provider(loop.config), "1f1b", residual="hc")))
+        said.append(refused(lambda: build_model_chunks(fresh, "1f1b", residual="hc")))
     with enable("megatron", residual="mhc"):
         call()
     with enable("dualpipe"):
@@ -99,7 +101,7 @@ def start_wrongly(rank):
         groups.pp = parallel_state.get_data_parallel_group()
         call(pg_collection=groups)
     with enable("1f1b", residual="mhc"):  # both ways of asking for the same thing
-        chunks = build_model_chunks(megatron_job.provider(loop.config), "1f1b", residual="mhc")
+        chunks = build_model_chunks(fresh, "1f1b", residual="mhc")
         assert chunks[0].decoder.layers[0].residual.kind == "mhc"
     assert get_forward_backward_func() is earlier
     return said
