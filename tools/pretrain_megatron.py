@@ -115,6 +115,8 @@ def train_valid_test_datasets_provider(samples, vp_stage=None):
 def add_pipehc_arguments(parser):  # + pipehc
     parser.add_argument("--schedule", default="megatron")  # + pipehc
     parser.add_argument("--residual", default=None)  # + pipehc
+    parser.add_argument("--from-plain", action="store_true", help="--load or --pretrained-checkpoint is of the plain model")
+    parser.add_argument("--trace-steps", type=int, nargs=2, default=None, metavar=("FIRST", "LAST"))
     parser.add_argument("--from-config", action="store_true", help="let Megatron's GPTModelConfig build the model")
     return parser  # + pipehc
 
@@ -123,7 +125,8 @@ if __name__ == "__main__":
     train_valid_test_datasets_provider.is_distributed = True
     args = parse_and_validate_args(extra_args_provider=add_pipehc_arguments)
     if args.residual or args.schedule != "megatron":  # + pipehc
-        pipehc.megatron.enable(schedule=args.schedule, residual=args.residual)  # + pipehc
+        ours = {} if args.trace_steps is None else {"trace_steps": tuple(args.trace_steps)}
+        pipehc.megatron.enable(args.schedule, residual=args.residual, from_plain=args.from_plain, **ours)  # + pipehc
     pretrain(
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args) if args.from_config else None),
         train_valid_test_datasets_provider,

@@ -90,21 +90,27 @@ def refuse_layer(layer: TransformerLayer) -> None:
     """ValueError for options of a Megatron layer that go through `TransformerLayer.forward` alone, which our layers replace."""
     config = layer.config
     problems = {
-        "recompute_modules contains 'layernorm'": (
+        "--recompute-modules (recompute_modules) contains 'layernorm'": (
             layer.recompute_input_layernorm or layer.recompute_pre_mlp_layernorm,
             "drop it; pipehc's own recomputation covers norms",
         ),
-        "recompute_modules contains 'mlp'": (layer.recompute_mlp, "drop it, or recompute 'core_attn'"),
+        "--recompute-modules (recompute_modules) contains 'mlp'": (layer.recompute_mlp, "drop it, or recompute 'core_attn'"),
         "a cross attention": (not isinstance(layer.cross_attention, IdentityOp), "use a decoder-only model"),
-        f"cuda_graph_impl = {getattr(config, 'cuda_graph_impl', 'none')!r}": (
+        f"--cuda-graph-impl (cuda_graph_impl = {getattr(config, 'cuda_graph_impl', 'none')!r})": (
             getattr(config, "cuda_graph_impl", "none") not in (None, "none"),
-            "set 'none'",
+            "leave it out (set 'none')",
         ),
-        "fp32_residual_connection = True": (config.fp32_residual_connection, "set False; the maps are fp32 anyway"),
-        "fine_grained_activation_offloading = True": (getattr(config, "fine_grained_activation_offloading", False), "set False"),
-        f"mlp_chunks_for_training = {getattr(config, 'mlp_chunks_for_training', 1)}": (
+        "--fp32-residual-connection (fp32_residual_connection = True)": (
+            config.fp32_residual_connection,
+            "leave it out (set False); the maps are fp32 anyway",
+        ),
+        "--fine-grained-activation-offloading (fine_grained_activation_offloading = True)": (
+            getattr(config, "fine_grained_activation_offloading", False),
+            "leave it out (set False)",
+        ),
+        f"--mlp-chunks-for-training (mlp_chunks_for_training = {getattr(config, 'mlp_chunks_for_training', 1)})": (
             getattr(config, "mlp_chunks_for_training", 1) > 1,
-            "set 1",
+            "leave it out (set 1)",
         ),
     }
     for what, (found, remedy) in problems.items():

@@ -43,8 +43,8 @@ def refuse_optimizer(optimizer: str) -> None:
         from megatron import core
 
         raise ValueError(
-            f"optimizer = {optimizer!r}: not supported with two replicas of every stage under megatron-core {core.__version__}; "
-            "use adam or sgd, or 0.18"
+            f"--optimizer (optimizer = {optimizer!r}): not supported with two replicas of every stage under megatron-core "
+            f"{core.__version__}; use adam or sgd, or 0.18"
         )
 
 

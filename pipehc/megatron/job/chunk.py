@@ -23,6 +23,7 @@ from torch import nn
 from pipehc.comm.queues import Queue
 from pipehc.megatron.connection import PlainConnection
 from pipehc.megatron.job.batches import Batches, OneItem
+from pipehc.megatron.job.flags import LAYOUT
 from pipehc.megatron.job.grad_sync import finish_gathers
 from pipehc.megatron.job.position import acting_at
 from pipehc.megatron.layer import HyperConnectionLayer, refuse_layer
@@ -74,7 +75,7 @@ def decoder_chain(decoder: TransformerBlock, block: int | None) -> Chain:
     Raises ValueError for layers that it cannot take apart, or if there are none.
     """
     if not decoder.layers:
-        raise ValueError("a model chunk without transformer layers: every stage needs at least one; change the pipeline layout")
+        raise ValueError(f"a model chunk without transformer layers: every stage needs at least one; change {LAYOUT}")
     sublayers: list[Sublayer] = []
     for layer in decoder.layers:
         if isinstance(layer, HyperConnectionLayer):

@@ -3,50 +3,72 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, pipeline_parallel
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import schedules
 
+from pipehc.config.schema import ResidualConfig
 from pipehc.megatron.job.job_refusals import refuse_job
+from pipehc.megatron.job.loading import loading
 from pipehc.megatron.job.mirror import counted_once, gradient_groups
 from pipehc.megatron.job.optimizer_shards import saved_by_name
 from pipehc.megatron.job.position import acting_at, held_stages, megatron_place
+from pipehc.megatron.job.promise import PROMISE
 from pipehc.megatron.job.schedule import ForwardBackward, forward_backward_func
-from pipehc.megatron.job.source import Megatrons, ScheduleSource
-from pipehc.megatron.job.spec import Residual, residual_settings
+from pipehc.megatron.job.source import refuse_unknown_options
+from pipehc.megatron.job.spec import Residual, converted_once, residual_settings
+from pipehc.megatron.job.wide import MegatronsOwn
 from pipehc.megatron.job.wrapped_chunks import OurModelConfig, wrapped_chunks
 from pipehc.schedules import Schedule
 
 
-def enable(schedule: str | Schedule = "dualpipe", *, residual: Residual | None = None, **options: Any) -> Enabled:
-    """Call it before `pretrain()`, or before a hand-written loop asks Megatron for its forward-backward function (a name that was
-    imported from megatron.core.pipeline_parallel earlier stays what it was).
+def enable(
+    schedule: str | Schedule = "dualpipe", *, residual: Residual | None = None, from_plain: bool = False, **options: Any
+) -> Enabled:
+    """Call it before `pretrain()`, or before a loop of another kind builds its model.
 
     Nothing of Megatron's is touched before, and `disable()` of what this returns, or the end of a `with` block over it, takes
-    everything back. In a job that runs megatron.training it takes care of model chunks, gradient groups, data iterators and
-    checkpoints; a hand-written loop builds its chunks with `build_model_chunks` and `wrap_model_chunks`.
+    everything back. `get_forward_backward_func`, whichever module has imported it, returns ours from then on, and every GPTModel
+    is built with hyper-connections. In a job that runs megatron.training it also takes care of model chunks, gradient groups, data
+    iterators and checkpoints; any other loop (Megatron Bridge, a hand-written one) builds its chunks as before where a placement is
+    Megatron's own (1f1b, gpipe, zb_h1, interleaved), and with `build_model_chunks` and `wrap_model_chunks` elsewhere. The first
+    step refuses chunks that are not built so.
 
     Args:
-        schedule, options: as for `forward_backward_func`; "megatron" keeps Megatron's own schedule.
+        schedule, options: as for `forward_backward_func`; "megatron" keeps Megatron's own schedule, and takes no options.
         residual: as for `hyper_connection_layer_spec`; None leaves the residual connections as they are.
+        from_plain: a checkpoint without hyper-connections may be loaded, without its optimizer state (--pretrained-checkpoint, or
+            --load and --finetune): the hyper-connections start from their initial values.
 
     Raises:
         ValueError: for arguments that are not known. When the job starts, on every rank: for what it asks that cannot work with
             them, naming the option and the remedy.
         RuntimeError: if it is enabled already.
     """
+    refuse_unknown_options(schedule, options)
     settings = None if residual is None else residual_settings(residual)
     if schedule == "megatron" and settings is None:
         raise ValueError("schedule = 'megatron' with residual = None: changes nothing; name a schedule or a residual")
-    function = forward_backward_func(schedule, **options)
-    source = function.source if isinstance(function, ForwardBackward) else Megatrons()
-    enabled = Enabled(function, source, settings)
+    if from_plain and settings is None:
+        raise ValueError("from_plain = True with residual = None: there are no hyper-connections to start; name a residual")
+    enabled = Enabled(forward_backward_func(schedule, **options), settings, from_plain)
     enabled.install()
     return enabled
+
+
+# What get_forward_backward_func returns one of.
+MEGATRONS = (
+    "forward_backward_no_pipelining",
+    "forward_backward_pipelining_with_interleaving",
+    "forward_backward_pipelining_without_interleaving",
+)
 
 
 class Enabled:
@@ -54,14 +76,15 @@ class Enabled:
 
     _current: Enabled | None = None
 
-    def __init__(self, function: Callable[..., list], source: ScheduleSource, residual: Any) -> None:
-        self._function, self._source, self._residual = function, source, residual
+    def __init__(self, function: ForwardBackward | MegatronsOwn, residual: ResidualConfig | None, from_plain: bool) -> None:
+        self._function, self._source, self._residual, self._from_plain = function, function.source, residual, from_plain
         self._before: list[tuple[Any, str, Any]] = []
 
     def install(self) -> None:
         if Enabled._current is not None:
             raise RuntimeError("pipehc.megatron is enabled already; call disable() of the first")
         Enabled._current = self
+        PROMISE.make(self._residual)
         try:
             self._install()
         except BaseException:
@@ -69,12 +92,16 @@ class Enabled:
             raise
 
     def _install(self) -> None:
-        self._replace(pipeline_parallel, "get_forward_backward_func", lambda _: self._get_forward_backward_func)
+        for name in MEGATRONS:
+            self._replace(schedules, name, lambda _: self._function)
+        self._replace(schedules, "get_model_config", self._begun_by_megatron)
+        self._replace(dist_checkpointing, "load", lambda load: loading(load, self._from_plain))
+        if self._residual is not None:
+            self._replace(GPTModel, "__init__", self._gpt_model)
         try:
             from megatron.training import training
         except ImportError:  # a loop of the user's own, on megatron.core alone
             return
-        self._replace(training, "get_forward_backward_func", lambda _: self._get_forward_backward_func)
         self._replace(training, "setup_model_and_optimizer", self._setup_model_and_optimizer)
         self._replace(training, "get_model", self._get_model)
         self._replace(training, "get_megatron_optimizer", self._get_megatron_optimizer)
@@ -86,6 +113,7 @@ class Enabled:
         for owner, name, value in reversed(self._before):
             setattr(owner, name, value)
         self._before.clear()
+        PROMISE.make(None)
         Enabled._current = None
 
     def __enter__(self) -> Enabled:
@@ -101,8 +129,28 @@ class Enabled:
 
     # -- in the place of Megatron's functions
 
-    def _get_forward_backward_func(self, *_: Any, **__: Any) -> Callable[..., list]:
-        return self._function
+    def _begun_by_megatron(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's schedules, and they alone, begin with this call: also those that a loop got before they were replaced."""
+
+        @functools.wraps(original)
+        def get_config(model: Any) -> Any:
+            if not PROMISE.running:
+                raise RuntimeError(
+                    "pipehc.megatron is enabled, but the loop runs a schedule of Megatron's that it got before, or by name; call "
+                    "enable() before it asks get_forward_backward_func(), or run what forward_backward_func(...) of "
+                    "pipehc.megatron returns"
+                )
+            return original(model)
+
+        return get_config
+
+    def _gpt_model(self, original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def init(model: Any, config: Any, transformer_layer_spec: Any, *args: Any, **given: Any) -> None:
+            assert self._residual is not None
+            original(model, config, converted_once(transformer_layer_spec, self._residual), *args, **given)
+
+        return init
 
     def _setup_model_and_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Refuses what cannot work before anything is built; a model builder then gets our chunks, as `get_model` does."""

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import nn
 
+from pipehc.megatron.job.flags import LAYOUT
 from pipehc.megatron.job.mirror import count_once, equalize, gradient_groups, save_once
 from pipehc.megatron.job.position import acting_at, held_stages, megatron_place
 from pipehc.megatron.job.refusals import (
@@ -28,7 +29,7 @@ from pipehc.megatron.job.refusals import (
     refusing_everywhere,
 )
 from pipehc.megatron.job.source import source_of
-from pipehc.megatron.job.spec import Residual, hyper_connection_layer_spec, residual_settings
+from pipehc.megatron.job.spec import Residual, converted_once, residual_settings
 from pipehc.schedules import Placement
 
 
@@ -93,7 +94,7 @@ def _build(
         model = unwrap_model(chunk)
         refuse_model(model, placement)
         if (ours or settings is not None) and not model.decoder.layers:
-            raise ValueError(f"stage {stage}: has no transformer layers, every stage needs one; change the pipeline layout")
+            raise ValueError(f"stage {stage}: has no transformer layers, every stage needs one; change {LAYOUT}")
         if ours:
             refuse_options(get_model_config(model))
         # The decoder keeps the position that its layers are numbered by; the training loop asks the model who it is.
@@ -162,7 +163,7 @@ def _converted(residual: Residual | None) -> Iterator[None]:
     original = TransformerBlock.__init__
 
     def init(self: Any, config: Any, spec: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, config, hyper_connection_layer_spec(spec, residual), *args, **kwargs)
+        original(self, config, converted_once(spec, residual), *args, **kwargs)
 
     TransformerBlock.__init__ = init
     try:

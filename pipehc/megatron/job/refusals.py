@@ -7,51 +7,64 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import unwrap_model
 
 from pipehc.comm.handshake import first_problem
+from pipehc.megatron.job.flags import named, without
+from pipehc.megatron.layer import HyperConnectionLayer
 from pipehc.schedules import Placement
 
-# option of Megatron's configuration -> (values that are fine, why not, remedy)
+CAPTURE = "a graph captures the order that our schedules change"
+ORDER = "it relies on the order of Megatron's own schedules"
+DEFERRED = "our schedules defer weight gradients themselves"
+PAIRS = "our pairs overlap the all-to-alls themselves"
+GATHERED = "weights would have to be gathered for every node"
+CONTEXTS = "the nodes do not enter its contexts"
+
+# option of Megatron's configuration -> (values that are fine, why not, remedy beside leaving it out)
 OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
-    "mtp_num_layers": ((None, 0), "multi-token prediction has layers outside the decoder", "set None"),
-    "cuda_graph_impl": ((None, "none"), "a graph captures the order that our schedules change", "set 'none'"),
-    "enable_cuda_graph": ((None, False), "a graph captures the order that our schedules change", "set False"),
-    "external_cuda_graph": ((None, False), "a graph captures the order that our schedules change", "set False"),
-    "cpu_offloading": ((None, False), "it wraps the whole decoder", "set False; recompute=True drops what is cheap to rebuild"),
-    "fine_grained_activation_offloading": ((None, False), "it wraps the whole decoder", "set False"),
+    "mtp_num_layers": ((None, 0), "multi-token prediction has layers outside the decoder", ""),
+    "cuda_graph_impl": (("none", None), CAPTURE, ""),
+    "enable_cuda_graph": ((False, None), CAPTURE, ""),
+    "external_cuda_graph": ((False, None), CAPTURE, ""),
+    "cpu_offloading": ((False, None), "it wraps the whole decoder", "recompute=True drops what is cheap to rebuild"),
+    "fine_grained_activation_offloading": ((False, None), "it wraps the whole decoder", ""),
     "recompute_granularity": (
         (None, "selective"),
         "it runs whole layers again, while ours recomputes hyper-connections alone",
-        "set None or 'selective' with recompute_modules ['core_attn']",
+        "or set --recompute-granularity selective --recompute-modules core_attn (recompute_modules = ['core_attn'])",
     ),
-    "overlap_moe_expert_parallel_comm": ((None, False), "our pairs overlap the all-to-alls themselves", "set False"),
-    "delay_wgrad_compute": ((None, False), "our schedules defer weight gradients themselves", "set False"),
-    "overlap_dispatch_backward_with_experts_wgrad": (
-        (None, False),
-        "our schedules defer weight gradients themselves",
-        "set False",
-    ),
-    "defer_embedding_wgrad_compute": ((None, False), "our schedules defer weight gradients themselves", "set False"),
-    "variable_seq_lengths": ((None, False), "stage messages have one shape", "set False and pad to seq_length"),
-    "enable_autocast": ((None, False), "the nodes of the decoder run outside the forward step", "set False; use bf16 or fp16"),
-    "fp8": ((None,), "the nodes do not enter its contexts", "train in bf16, or use schedule = 'megatron'"),
-    "fp4": ((None,), "the nodes do not enter its contexts", "train in bf16, or use schedule = 'megatron'"),
-    "fp32_residual_connection": ((None, False), "stage messages have the dtype of the parameters", "set False"),
+    "overlap_moe_expert_parallel_comm": ((False, None), PAIRS, ""),
+    "delay_wgrad_compute": ((False, None), DEFERRED, ""),
+    "overlap_dispatch_backward_with_experts_wgrad": ((False, None), DEFERRED, ""),
+    "defer_embedding_wgrad_compute": ((False, None), DEFERRED, ""),
+    "variable_seq_lengths": ((False, None), "stage messages have one shape", "pad to seq_length"),
+    "enable_autocast": ((False, None), "the nodes of the decoder run outside the forward step", "use --bf16 or --fp16"),
+    "fp8": ((None,), CONTEXTS, "train in bf16, or use schedule = 'megatron'"),
+    "fp4": ((None,), CONTEXTS, "train in bf16, or use schedule = 'megatron'"),
+    "fp32_residual_connection": ((False, None), "stage messages have the dtype of the parameters", ""),
     "num_microbatches_with_partial_activation_checkpoints": (
         (None,),
         "how much is recomputed is a matter of the schedule",
-        "set None and recompute=True",
+        "recompute=True drops what is cheap to rebuild",
     ),
-    "hybrid_context_parallel": ((None, False), "micro-batches must have one length", "set False"),
-    "moe_shared_expert_overlap": ((None, False), "our pairs overlap the all-to-alls themselves", "set False"),
-    "moe_paged_stash": ((None, False), "it relies on the order of Megatron's own schedules", "set False"),
-    "moe_enable_routing_replay": ((None, False), "it replays routes in the order of Megatron's own schedules", "set False"),
-    "gtp_weight_remat_size": ((None, 1), "weights would have to be gathered for every node", "set 1"),
-    "expert_gtp_weight_remat_size": ((None, 1), "weights would have to be gathered for every node", "set 1"),
-    "heterogeneous_block_specs": ((None, False), "a layer may lack attention or FFN", "use equal layers"),
+    "hybrid_context_parallel": ((False, None), "micro-batches must have one length", ""),
+    "moe_shared_expert_overlap": ((False, None), PAIRS, ""),
+    "moe_paged_stash": ((False, None), ORDER, ""),
+    "moe_enable_routing_replay": ((False, None), ORDER, ""),
+    "gtp_weight_remat_size": ((1, None), GATHERED, ""),
+    "expert_gtp_weight_remat_size": ((1, None), GATHERED, ""),
+    "heterogeneous_block_specs": ((False, None), "a layer may lack attention or FFN", "use equal layers"),
     "experimental_attention_variant": ((None,), "its layers may share state", "use standard attention or MLA"),
 }
+
+
+BUILD = (
+    "build them with pipehc.megatron.build_model_chunks and wrap_model_chunks, or take a schedule with the stages where Megatron "
+    "has them (1f1b, gpipe, zb_h1, interleaved)"
+)
 
 
 @contextmanager
@@ -71,31 +84,56 @@ def refuse_options(config: Any) -> None:
     for name, (fine, reason, remedy) in OPTIONS.items():
         value = getattr(config, name, None)
         if value not in fine:
-            raise ValueError(f"{name} = {value!r}: not supported under our schedules: {reason}; {remedy}")
+            remedies = "; ".join(filter(None, (without(name, fine[0]), remedy)))
+            raise ValueError(f"{named(name, value)}: not supported under our schedules: {reason}; {remedies}")
 
 
-# option of Megatron's DistributedDataParallelConfig -> (values that are fine, remedy)
+# option of Megatron's DistributedDataParallelConfig -> (values that are fine, remedy beside leaving it out)
 DDP_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_megatron_fsdp": ((None, False), "use Megatron's DistributedDataParallel"),
-    "use_custom_fsdp": ((None, False), "use Megatron's DistributedDataParallel"),
-    "num_distributed_optimizer_instances": ((None, 1), "set 1"),
+    "use_megatron_fsdp": ((False, None), "ours works with Megatron's DistributedDataParallel"),
+    "use_custom_fsdp": ((False, None), "ours works with Megatron's DistributedDataParallel"),
+    "num_distributed_optimizer_instances": ((1, None), ""),
 }
 
 
 def refuse_values(owner: Any, table: Mapping[str, tuple[tuple[Any, ...], str]], by: str) -> None:
-    """ValueError for the first option in `table`, name -> (values that are fine, remedy), that `by` does not support."""
+    """ValueError for the first option in `table`, name -> (values that are fine, remedy beside leaving it out), that `by` does not
+    support."""
     for name, (fine, remedy) in table.items():
         value = getattr(owner, name, None)
         if value not in fine:
-            raise ValueError(f"{name} = {value!r}: not supported by {by}; {remedy}")
+            remedies = "; ".join(filter(None, (without(name, fine[0]), remedy)))
+            raise ValueError(f"{named(name, value)}: not supported by {by}; {remedies}")
 
 
-def refuse_call(config: Any, adjust_tensor_shapes_fn: Any, p2p_communicator: Any) -> None:
+def refuse_call(config: Any, adjust_tensor_shapes_fn: Any, p2p_communicator: Any, pg_collection: Any) -> None:
     """ValueError for what a call of the forward-backward function asks and we do not do."""
     refuse_options(config)
-    for name, value in {"adjust_tensor_shapes_fn": adjust_tensor_shapes_fn, "p2p_communicator": p2p_communicator}.items():
-        if value is not None:
-            raise ValueError(f"{name} = {value!r}: must be None: our stage messages have one shape and groups of their own")
+    if adjust_tensor_shapes_fn is not None:
+        raise ValueError(
+            f"adjust_tensor_shapes_fn = {adjust_tensor_shapes_fn!r}: must be None: our stage messages have one shape"
+        )
+    refuse_groups(p2p_communicator, pg_collection)
+
+
+def refuse_groups(p2p_communicator: Any, pg_collection: Any) -> None:
+    """ValueError for messages, or a pipeline, other than those that Megatron's schedules make of its parallel state by themselves.
+
+    Megatron Bridge hands over those very ones.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        raise ValueError(
+            "megatron.core.parallel_state: is not initialised; call initialize_model_parallel (in Megatron Bridge: "
+            "dist.use_decentralized_pg = False)"
+        )
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if p2p_communicator is not None and not (type(p2p_communicator) is P2PCommunicator and p2p_communicator.pp_group is pipeline):
+        raise ValueError(
+            f"p2p_communicator = {p2p_communicator!r}: must be None, or Megatron's P2PCommunicator over the pipeline group of its "
+            "parallel state: stage messages go through ours"
+        )
+    if pg_collection is not None and getattr(pg_collection, "pp", pipeline) is not pipeline:
+        raise ValueError("pg_collection.pp: must be the pipeline group of Megatron's parallel state")
 
 
 def refuse_model(model: Any, placement: Placement) -> None:
@@ -131,9 +169,24 @@ def refuse_places(
             if numbers != list(range(following, following + len(numbers))):
                 raise ValueError(
                     f"model: the chunk that runs as stage {stage} has layers {numbers}, it must begin with layer {following}: the "
-                    "chunks are not those of the schedule's placement; build them with pipehc.megatron.build_model_chunks"
+                    f"chunks are not those of the schedule's placement; {BUILD}"
                 )
             following += len(numbers)
+
+
+def refuse_unconverted(chunks: Sequence[Any], residual: Any) -> None:
+    """ValueError for chunks whose layers do not have the hyper-connections that were asked for. residual: None if none were."""
+    for i, chunk in enumerate(chunks):
+        layers = getattr(getattr(unwrap_model(chunk), "decoder", None), "layers", ())
+        forms = [layer.residual if isinstance(layer, HyperConnectionLayer) else None for layer in layers]
+        if residual is None or (forms and all(form == residual for form in forms)):
+            continue
+        found = ", ".join(sorted({"plain" if form is None else form.kind for form in forms})) or "none"
+        raise ValueError(
+            f"residual.kind = {residual.kind!r}: the layers of model chunk {i} ({type(unwrap_model(chunk)).__name__}) are {found}: "
+            "built before pipehc.megatron.enable was called, or no GPTModel; call enable before the model is built, or build it "
+            f"with pipehc.megatron.build_model_chunks(..., residual={residual.kind!r})"
+        )
 
 
 def refuse_unmirrored(chunks: Sequence[Any]) -> None:
@@ -151,22 +204,25 @@ def refuse_tied(placement: Placement) -> None:
     if any(lane[0] != 0 or lane[-1] != placement.ranks - 1 for lane in placement.table):
         raise ValueError(
             f"share_embeddings_and_output_weights = True: not supported over a {placement.kind} placement, which has embedding and "
-            "output head on the same rank; set --untie-embeddings-and-output-weights, or use schedule = '1f1b'"
+            "output head on the same rank; set --untie-embeddings-and-output-weights (share_embeddings_and_output_weights = "
+            "False), or use schedule = '1f1b'"
         )
 
 
 def refuse_placement(placement: Placement, virtual_stages: int | None) -> None:
     """ValueError if the job's virtual pipeline stages are not those of the placement."""
     if placement.ranks % 2 and placement.lanes == 2:
-        raise ValueError(f"pipeline_model_parallel_size = {placement.ranks}: must be even for two replicas of every stage")
+        given = named("pipeline_model_parallel_size", placement.ranks)
+        raise ValueError(f"{given}: must be even for two replicas of every stage")
     chunks = placement.stages // placement.ranks
+    given = f"--num-virtual-stages-per-pipeline-rank (virtual_pipeline_model_parallel_size = {virtual_stages})"
     if chunks == 1 and virtual_stages is not None:
         raise ValueError(
-            f"virtual_pipeline_model_parallel_size = {virtual_stages}: a {placement.kind} placement has one stage a rank"
-            f"{' and direction' if placement.lanes == 2 else ''}; leave it out"
+            f"{given}: a {placement.kind} placement has one stage a rank{' and direction' if placement.lanes == 2 else ''}; leave "
+            "it out, and --num-layers-per-virtual-pipeline-stage (set virtual_pipeline_model_parallel_size = None)"
         )
     if chunks > 1 and virtual_stages != chunks:
         raise ValueError(
-            f"virtual_pipeline_model_parallel_size = {virtual_stages}: a {placement.kind} placement needs {chunks}; "
-            f"set --num-virtual-stages-per-pipeline-rank {chunks}"
+            f"{given}: a {placement.kind} placement needs {chunks}; set --num-virtual-stages-per-pipeline-rank {chunks} "
+            f"(virtual_pipeline_model_parallel_size = {chunks})"
         )

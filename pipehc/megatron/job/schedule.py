@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import nn
 from torch.utils._pytree import tree_map_only
@@ -26,6 +25,7 @@ from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import make_queues
 from pipehc.megatron.buckets import BucketReduction
+from pipehc.megatron.job.announcement import Setup, announce
 from pipehc.megatron.job.batches import batches_of
 from pipehc.megatron.job.chunk import ChunkStage, ForwardStep, decoder_chain, wrappers
 from pipehc.megatron.job.feedback import gain_feedback
@@ -33,10 +33,11 @@ from pipehc.megatron.job.grad_sync import early_reduction, reduces_early, refuse
 from pipehc.megatron.job.hang import HangReport
 from pipehc.megatron.job.mirror import mirrored_groups
 from pipehc.megatron.job.position import exchanged, held_stages, megatron_place
-from pipehc.megatron.job.refusals import refuse_call, refuse_model, refuse_places, refuse_unmirrored, refusing_everywhere
-from pipehc.megatron.job.source import ScheduleSource, source_of
+from pipehc.megatron.job.promise import keeping_promise
+from pipehc.megatron.job.refusals import BUILD, refuse_call, refuse_model, refuse_places, refuse_unmirrored, refusing_everywhere
+from pipehc.megatron.job.source import ScheduleSource, refuse_unknown_options, source_of
 from pipehc.megatron.job.tracing import Tracing
-from pipehc.megatron.job.wide import streams_of, widened
+from pipehc.megatron.job.wide import MegatronsOwn, streams_of
 from pipehc.megatron.versions import default_groups
 from pipehc.megatron.wgrad import install_deferral
 from pipehc.recompute import Chain
@@ -57,7 +58,7 @@ def forward_backward_func(
     watchdog_folder: str = "pipehc_watchdog",
     nvtx: bool = False,
     **search: Any,
-) -> Callable[..., list]:
+) -> ForwardBackward | MegatronsOwn:
     """A function to call, or to let Megatron's `train_step` call, as what `get_forward_backward_func()` returns.
 
     The model chunks must be those of the schedule's placement: `build_model_chunks`, or Megatron's own for linear and interleaved
@@ -72,7 +73,9 @@ def forward_backward_func(
         timeout_s: how long a rank waits inside a step, for a stage message or anything else of other ranks, before it fails.
             Computing does not count.
         watchdog_folder: a rank that fails inside a step writes there what it waited for, its last 200 instructions and its stacks.
-        trace_steps: record these training steps (first and last, counted from 1 in this process) into files in `trace_folder`.
+        trace_steps: record these iterations (first and last) into files in `trace_folder`. They are the job's own, as its log has
+            them, also after a resume; a loop that uses neither megatron.training nor Megatron's rerun state machine has its steps
+            counted from 1 in this process.
         nvtx: open a range for every action and node, for Nsight Systems and torch.profiler.
         search: for "auto": costs (`pipehc.schedules.Costs`), placement ("linear", "v" or "bidirectional"), and max_live,
             time_limit, seed as `pipehc.schedules.auto` takes them.
@@ -81,10 +84,14 @@ def forward_backward_func(
         ValueError: naming the argument, its value and what is allowed. The function it returns raises ValueError, on every rank,
             for model, configuration or arguments that it cannot run.
     """
+    run = {
+        "recompute": recompute, "recompute_block": recompute_block, "overlap": overlap, "timeout_s": timeout_s,
+        "trace_steps": trace_steps, "trace_folder": trace_folder, "watchdog_folder": watchdog_folder, "nvtx": nvtx,
+    }  # fmt: skip
+    defaults = forward_backward_func.__kwdefaults__ or {}
+    refuse_unknown_options(schedule, {name: value for name, value in run.items() if value != defaults[name]} | search)
     if schedule == "megatron":
-        if search:
-            raise ValueError(f"{next(iter(search))}: only with schedule = 'auto'")
-        return _megatrons_own
+        return MegatronsOwn()
     if timeout_s <= 0:
         raise ValueError(f"timeout_s = {timeout_s}: must be more than 0 seconds")
     if recompute_block is not None and recompute_block < 1:
@@ -94,10 +101,6 @@ def forward_backward_func(
     tracing = Tracing(trace_steps, Path(trace_folder), nvtx)
     hang = HangReport(timeout_s, Path(watchdog_folder))
     return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, tracing, hang)
-
-
-def _megatrons_own(**arguments: Any) -> list:
-    return widened(schedules.get_forward_backward_func())(**arguments)
 
 
 class ForwardBackward:
@@ -121,7 +124,10 @@ class ForwardBackward:
         self._pipelines: list[list[int]] = []
         self._neighbours: list[int] = []
         self._mailboxes: dict[tuple, Mailbox] = {}
+        self._announced: set[bool] = set()  # whether forward only
+        self._message = "no stage messages"
 
+    @keeping_promise
     def __call__(
         self,
         *,
@@ -146,15 +152,14 @@ class ForwardBackward:
         """
         chunks: list[Any] = model if isinstance(model, list) else [model]
         config = get_model_config(chunks[0])
-        refuse_call(config, adjust_tensor_shapes_fn, p2p_communicator)
+        refuse_call(config, adjust_tensor_shapes_fn, p2p_communicator, pg_collection)
         refuse_param_sync(chunks, config)
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         placement = self.source.placement(pipeline.size())
         held = held_stages(placement, pipeline.rank())
         if len(chunks) != len(held):
             raise ValueError(
-                f"model: {len(chunks)} chunks on a rank; {self.source.name} over {pipeline.size()} ranks needs {len(held)}: "
-                "build them with pipehc.megatron.build_model_chunks, or let pipehc.megatron.enable do it"
+                f"model: {len(chunks)} chunks on a rank; {self.source.name} over {pipeline.size()} ranks needs {len(held)}: {BUILD}"
             )
         if placement.lanes == 2 and not forward_only:
             refuse_unmirrored(chunks)
@@ -171,6 +176,7 @@ class ForwardBackward:
         recompute = self._recompute and not forward_only
         # Megatron's 1F1B goes by the decoder's length if it is given.
         mailbox = self._mailbox(config, decoder_seq_length or seq_length, micro_batch_size, streams_of(chunks), groups)
+        self._announce(program, chunks)
         tracing = self._tracing.observers(forward_only, pipeline.rank(), self._device, self._queues)
         observers: list[Any] = [self._hang.watchdog, *tracing]
         stages = {
@@ -232,7 +238,19 @@ class ForwardBackward:
         with exchanged(replicas):  # 0.17 asks its parallel state for the group that sums the token counts of experts
             config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
 
-    # -- made once
+    # -- made or said once
+
+    def _announce(self, program: Program, chunks: Sequence[nn.Module]) -> None:
+        """In the first step; in an evaluation before it too, which has less to say."""
+        kinds = {program.schedule.forward_only, False}
+        if dist.get_rank() != 0 or self._announced & kinds:
+            return
+        self._announced.add(program.schedule.forward_only)
+        setup = Setup(
+            program, self.source.name, self.source.origin(program.schedule.microbatches), self._message, self._block, self._overlap,
+            self._tracing.steps, self._tracing.folder, self._tracing.nvtx, self._hang.timeout_s, self._hang.folder,
+        )  # fmt: skip
+        announce(setup.text(chunks))
 
     def _prepare(self, chunks: Sequence[Any], held: Sequence[tuple[int, int]], placement: Placement) -> None:
         """Takes chunks apart that were not seen before. Collective then."""
@@ -275,6 +293,9 @@ class ForwardBackward:
         dtype = config.pipeline_dtype or config.params_dtype
         if (shape, dtype) not in self._mailboxes:
             compare_neighbours({"stage message": f"{shape} {dtype}"}, self._neighbours)
+            if self._groups:
+                carrier = "NCCL, in the first step through host memory" if self._device.type == "cuda" else "gloo"
+                self._message = f"stage messages {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')} over {carrier}"
             self._mailboxes[shape, dtype] = Mailbox(self._groups, shape, dtype, self._device, self._hang.timeout_s)
         return self._mailboxes[shape, dtype]
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pipehc.schedules import FAMILIES, Costs, Placement, Schedule, ScheduleError, auto, build
-from pipehc.schedules.auto import SEARCHED
+from pipehc.schedules import FAMILIES, Costs, Placement, Schedule, ScheduleError, build
+from pipehc.schedules.auto import SEARCHED, AutoReport, auto_report
 from pipehc.schedules.families.forward import forward_only as forward_rows
 from pipehc.schedules.placement import looped
 
 SEARCH_OPTIONS = ("costs", "placement", "max_live", "time_limit", "seed")
+RUN_OPTIONS = (
+    "recompute", "recompute_block", "overlap", "timeout_s", "trace_steps", "trace_folder", "watchdog_folder", "nvtx",
+)  # fmt: skip
+
+
+NAMES = ("megatron", "auto", *FAMILIES)
 
 
 class ScheduleSource(Protocol):
@@ -27,28 +34,44 @@ class ScheduleSource(Protocol):
 
     def build(self, ranks: int, microbatches: int, forward_only: bool) -> Schedule: ...
 
+    def origin(self, microbatches: int) -> str:
+        """Where the training schedule of so many micro-batches, built before, comes from, in words; empty if its name says it."""
+
+
+def refuse_unknown_options(schedule: Any, given: Mapping[str, Any], run_options: Sequence[str] = RUN_OPTIONS) -> None:
+    """ValueError for a schedule that is not known, or else the first option that is not, or has no effect with this schedule.
+
+    run_options: what schedules of ours take beside those of the search.
+    """
+    if not isinstance(schedule, Schedule) and schedule not in NAMES and not str(schedule).endswith(".csv"):
+        raise ValueError(f"schedule = {schedule!r}: must be {', '.join(NAMES)}, a Schedule or a CSV file of one")
+    takes = [*run_options] if schedule != "megatron" else []
+    if schedule == "auto":
+        takes += SEARCH_OPTIONS
+    for option in (option for option in given if option not in takes):
+        problem = "unknown"
+        if option in SEARCH_OPTIONS:
+            problem = "only with schedule = 'auto'"
+        elif option in run_options:
+            problem = "only with a schedule of ours, Megatron's own runs as it is"
+        name = f"a Schedule ({schedule.name})" if isinstance(schedule, Schedule) else repr(str(schedule))
+        raise ValueError(f"{option} = {given[option]!r}: {problem}; schedule = {name} takes {', '.join(takes) or 'no options'}")
+
 
 def source_of(schedule: str | Schedule, search: Mapping[str, Any]) -> ScheduleSource:
-    """Raises ValueError for names, files and options that are not known."""
-    unknown = sorted(set(search) - set(SEARCH_OPTIONS))
-    if unknown:
-        raise ValueError(f"{unknown[0]} = {search[unknown[0]]!r}: unknown; schedule = 'auto' takes {', '.join(SEARCH_OPTIONS)}")
+    """Raises ValueError for names, files and options of a search that are not known."""
+    refuse_unknown_options(schedule, search, ())
     if schedule == "auto":
         return Searched(**search)
-    if search:
-        option = next(iter(search))
-        raise ValueError(f"{option} = {search[option]!r}: only with schedule = 'auto'")
     if isinstance(schedule, Schedule):
         return Given(schedule)
     if schedule == "megatron":
         return Megatrons()
     if schedule in FAMILIES:
         return Family(schedule)
-    if str(schedule).endswith(".csv"):
-        if not Path(schedule).is_file():
-            raise ValueError(f"schedule = {schedule!r}: there is no such file")
-        return Given(Schedule.from_csv(schedule))
-    raise ValueError(f"schedule = {schedule!r}: must be megatron, auto, {', '.join(FAMILIES)}, a Schedule or a CSV file of one")
+    if not Path(schedule).is_file():
+        raise ValueError(f"schedule = {str(schedule)!r}: there is no such file")
+    return Given(Schedule.from_csv(schedule))
 
 
 class Family:
@@ -66,6 +89,9 @@ class Family:
         chunks = None if FAMILIES[self.name].chunks is None else _virtual_stages()
         return build(self.name, ranks, microbatches, chunks=chunks, forward=forward_only)
 
+    def origin(self, microbatches: int) -> str:
+        return ""
+
 
 class Megatrons:
     """Megatron's own schedules: 1F1B, or interleaved with virtual stages."""
@@ -77,6 +103,9 @@ class Megatrons:
 
     def build(self, ranks: int, microbatches: int, forward_only: bool) -> Schedule:
         raise AssertionError("Megatron runs its own schedule")
+
+    def origin(self, microbatches: int) -> str:
+        return ""
 
 
 class Given:
@@ -101,6 +130,9 @@ class Given:
             )
         return self._schedule
 
+    def origin(self, microbatches: int) -> str:
+        return "as given"
+
 
 class Searched:
     """`auto` over one placement; rank 0 searches, since the clock may end it, and the others take what it found."""
@@ -117,9 +149,10 @@ class Searched:
     ) -> None:
         if placement not in SEARCHED:
             raise ValueError(f"placement = {placement!r}: must be one of {', '.join(SEARCHED)}")
-        self._costs, self._placement = costs or Costs(), placement
+        self._costs, self._placement, self._default_costs = costs or Costs(), placement, costs is None
         self._options: dict[str, Any] = {"max_live": max_live, "time_limit": time_limit, "seed": seed}
         self._found: dict[int, Schedule] = {}
+        self._reports: dict[int, AutoReport] = {}  # on rank 0
 
     def placement(self, ranks: int) -> Placement:
         return SEARCHED[self._placement](ranks)
@@ -131,7 +164,8 @@ class Searched:
             found: list[Any] = [None]
             if dist.get_rank() == 0:
                 try:
-                    found = [auto(ranks, microbatches, self._costs, placements=(self._placement,), **self._options)]
+                    report = auto_report(ranks, microbatches, self._costs, placements=(self._placement,), **self._options)
+                    found, self._reports[microbatches] = [report.schedule], report
                 except (ValueError, ScheduleError) as error:
                     found = [str(error)]
             dist.broadcast_object_list(found, src=0)
@@ -139,6 +173,28 @@ class Searched:
                 raise ValueError(f"schedule = 'auto': {found[0]}")
             self._found[microbatches] = found[0]
         return self._found[microbatches]
+
+    def origin(self, microbatches: int) -> str:
+        """On rank 0."""
+        report, costs = self._reports[microbatches], self._costs
+        given = ", ".join(
+            f"{f.name} = {_short(getattr(costs, f.name))}"
+            for f in fields(costs)
+            if f.name in ("f", "b", "w") or getattr(costs, f.name) != f.default
+        )
+        source = "the default costs (costs=Costs(...) gives others)" if self._default_costs else "costs"
+        bound = "proven the best" if report.optimal else f"at most {report.gap:.1%} from the best possible"
+        named = "no named schedule fits"
+        if report.named is not None:
+            named = f"{report.named_makespan / report.makespan - 1:.1%} faster than {report.named}"
+        if report.schedule.name == report.named:
+            named = f"it is {report.named}"
+        return f"searched over the {self._placement} placement from {source} {given}: {named}, {bound}"
+
+
+def _short(value: Any) -> str:
+    """Four digits of a number, or of each in nested tuples."""
+    return f"({', '.join(map(_short, value))})" if isinstance(value, tuple) else f"{value:.4g}"
 
 
 def _virtual_stages() -> int | None:

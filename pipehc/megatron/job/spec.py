@@ -54,6 +54,22 @@ def residual_settings(residual: Residual) -> ResidualConfig:
     return settings
 
 
+def converted_once[Spec: (ModuleSpec, TransformerBlockSubmodules)](spec: Spec, residual: Residual) -> Spec:
+    """`hyper_connection_layer_spec`, which leaves alone what has the same form already: `enable` and the functions of hand-written
+    loops may both be asked. Raises ValueError if it has another form."""
+    layers = spec.layer_specs or [] if isinstance(spec, TransformerBlockSubmodules) else [spec]
+    forms = [layer.params["residual"] for layer in layers if layer.module is HyperConnectionLayer]
+    if not forms:
+        return hyper_connection_layer_spec(spec, residual)
+    settings = residual_settings(residual)
+    if len(forms) < len(layers) or any(form != settings for form in forms):
+        raise ValueError(
+            f"residual.kind = {settings.kind!r}: the decoder's spec has another form of hyper-connections already "
+            f"({', '.join(sorted({form.kind for form in forms}))}); give one residual, in one place"
+        )
+    return spec
+
+
 def _layer(spec: ModuleSpec, settings: ResidualConfig) -> ModuleSpec:
     module = spec.module
     if module is HyperConnectionLayer:

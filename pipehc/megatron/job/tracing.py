@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,26 @@ import torch.distributed as dist
 
 from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import Queue
+from pipehc.megatron.job.iteration import Iterations
 from pipehc.schedules import Program
 from pipehc.watch.trace import Markers, Recorder, save_step
 
 
 @dataclass
 class Tracing:
-    """steps: first and last training step to record, counted from 1 in this process. folder: for the files. nvtx: open ranges."""
+    """steps: first and last iteration of the job to record. folder: for the files. nvtx: open ranges. step: the newest one."""
 
     steps: tuple[int, int] | None
     folder: Path
     nvtx: bool
     step: int = 0
+    iterations: Iterations = field(default_factory=Iterations)
 
     def observers(self, forward_only: bool, rank: int, device: torch.device, queues: Mapping[str, Queue]) -> list[Any]:
         """Those of the call that begins."""
         found: list[Any] = [Markers()] if self.nvtx else []
         if not forward_only:
-            self.step += 1
+            self.step = self.iterations.next()
             if self.steps is not None and self.steps[0] <= self.step <= self.steps[1]:
                 found.append(Recorder(rank, device, queues))
         return found

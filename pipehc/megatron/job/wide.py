@@ -5,11 +5,16 @@ from contextlib import nullcontext
 from typing import Any
 
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import nn
 
+from pipehc.megatron.job.announcement import announce, megatrons_own
 from pipehc.megatron.job.feedback import gain_feedback
+from pipehc.megatron.job.promise import keeping_promise
+from pipehc.megatron.job.refusals import refuse_groups
+from pipehc.megatron.job.source import Megatrons
 from pipehc.megatron.layer import hyper_connection_layers
 from pipehc.megatron.versions import default_groups
 
@@ -27,6 +32,31 @@ class WideCommunicator(P2PCommunicator):
         return super()._communicate(tensor_shape=tensor_shape, **rest)
 
 
+# As they are before `enable` puts its own in their places.
+NO_PIPELINE = schedules.forward_backward_no_pipelining
+ONE_STAGE = schedules.forward_backward_pipelining_without_interleaving
+INTERLEAVED = schedules.forward_backward_pipelining_with_interleaving
+
+
+class MegatronsOwn:
+    """What Megatron's `get_forward_backward_func` would return, for models with hyper-connections."""
+
+    def __init__(self) -> None:
+        self.source = Megatrons()
+        self._announced = False
+
+    @keeping_promise
+    def __call__(self, **arguments: Any) -> list:
+        ranks = parallel_state.get_pipeline_model_parallel_world_size()
+        virtual_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        if not self._announced:
+            self._announced = True
+            model = arguments["model"]
+            announce(megatrons_own(ranks, virtual_stages, model if isinstance(model, list) else [model]))
+        own = NO_PIPELINE if ranks == 1 else ONE_STAGE if virtual_stages is None else INTERLEAVED
+        return widened(own)(**arguments)
+
+
 def streams_of(model: Sequence[nn.Module]) -> int:
     """Streams of the hyper-connection layers in `model`; 1 if it has none."""
     return max((layer.streams for layer in hyper_connection_layers(model)), default=1)
@@ -40,11 +70,10 @@ def widened(function: Callable[..., list]) -> Callable[..., list]:
         model = model if isinstance(model, list) else [model]
         streams = streams_of(model)
         if streams > 1 and parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            if arguments.get("p2p_communicator") is not None or arguments.get("pg_collection") is not None:
-                raise ValueError("p2p_communicator, pg_collection: must be None with hyper-connections, whose messages are wider")
+            refuse_groups(arguments.get("p2p_communicator"), arguments.get("pg_collection"))
             group = parallel_state.get_pipeline_model_parallel_group()
             arguments["p2p_communicator"] = WideCommunicator(group, get_model_config(model[0]), streams)
-            arguments["pg_collection"] = default_groups()
+            arguments["pg_collection"] = arguments.get("pg_collection") or default_groups()
         with nullcontext() if arguments.get("forward_only") else gain_feedback(model):
             return function(**arguments)
 

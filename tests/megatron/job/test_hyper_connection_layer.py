@@ -11,8 +11,8 @@ import megatron.core.optimizer  # noqa: F401
 import megatron_job
 import pytest
 import torch
+from layer_specs import build, experts, local, standard_config
 from processes import run_ranks
-from test_spec import build, experts, local, standard_config
 
 S, B, C, N, HEADS = 6, 2, 24, 4, 3
 

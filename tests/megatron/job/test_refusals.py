@@ -1,5 +1,8 @@
 """Set-ups that cannot work are refused before anything runs: one message, with key, value and remedy, on every rank."""
 
+import argparse
+import functools
+import re
 from types import SimpleNamespace
 
 import megatron.core.models.gpt.gpt_model
@@ -10,15 +13,29 @@ from megatron_job import MICRO_BATCH, SEQUENCE, Job, forward_step, initialize, m
 from processes import run_ranks
 
 from pipehc.megatron import build_model_chunks, enable, forward_backward_func, hyper_connection_layer_spec, wrap_model_chunks
+from pipehc.megatron.job.flags import flag_of
 from pipehc.megatron.job.refusals import OPTIONS, refuse_options
+from pipehc.schedules import build
 
+OURS = dict(
+    recompute=True, recompute_block=2, overlap=False, timeout_s=600.0, trace_steps=(1, 2), trace_folder="here", nvtx=True,
+    watchdog_folder="here",
+)  # fmt: skip
 ARGUMENTS = [
     (dict(schedule="zigzag"), r"schedule = 'zigzag': must be megatron, auto, gpipe, 1f1b"),
     (dict(schedule="there/is/none.csv"), "none.csv': there is no such file"),
     (dict(schedule="dualpipe", costs=1), "costs = 1: only with schedule = 'auto'"),
-    (dict(schedule="auto", speed=3), "speed = 3: unknown; schedule = 'auto' takes costs"),
+    (dict(schedule="zigzag", speed=3), r"schedule = 'zigzag': must be megatron"),
+    (dict(schedule="auto", speed=3), "speed = 3: unknown; schedule = 'auto' takes recompute, .*, nvtx, costs, .*, seed$"),
+    (dict(schedule="dualpipe", speed=3), "speed = 3: unknown; schedule = 'dualpipe' takes recompute, .*, nvtx$"),
+    (dict(schedule=build("1f1b", 2, 4), seed=3), r"seed = 3: only with .*'auto'; schedule = a Schedule \(1f1b\) takes recompute"),
     (dict(schedule="auto", placement="ring"), "placement = 'ring': must be one of linear, v, bidirectional"),
-    (dict(schedule="megatron", seed=1, residual="mhc"), "seed: only with schedule = 'auto'"),
+    (dict(schedule="megatron", seed=1, residual="mhc"), "seed = 1: only with schedule = 'auto'; .*'megatron' takes no options"),
+    *(
+        (dict(schedule="megatron", residual="mhc", **{name: value}), f"{name} = .*: only with a schedule of ours, .* no options")
+        for name, value in OURS.items()
+    ),
+    (dict(schedule="dualpipe", from_plain=True), "from_plain = True with residual = None"),
     (dict(schedule="megatron"), "residual = None: changes nothing"),
     (dict(recompute_block=0), "recompute_block = 0: must be at least 1"),
     (dict(timeout_s=0), "timeout_s = 0: must be more than 0"),
@@ -37,20 +54,21 @@ def test_arguments_of_enable(arguments, message):
 
 
 def test_enabling_twice_and_taking_it_back():
-    from megatron.core import pipeline_parallel
+    from megatron.core import dist_checkpointing
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.pipeline_parallel import schedules
     from megatron.training import training
 
     names = [
-        (pipeline_parallel, "get_forward_backward_func"),
-        *((training, name) for name in ("get_forward_backward_func", "get_model", "get_megatron_optimizer",
-                                        "setup_model_and_optimizer", "build_train_valid_test_data_iterators",
-                                        "calc_params_l2_norm")),
+        (schedules, "forward_backward_no_pipelining"), (schedules, "forward_backward_pipelining_with_interleaving"),
+        (schedules, "forward_backward_pipelining_without_interleaving"), (schedules, "get_model_config"),
+        (dist_checkpointing, "load"), (GPTModel, "__init__"),
+        *((training, name) for name in ("get_model", "get_megatron_optimizer", "setup_model_and_optimizer",
+                                        "build_train_valid_test_data_iterators", "calc_params_l2_norm")),
     ]  # fmt: skip
     before = [getattr(owner, name) for owner, name in names]
-    with enable("dualpipe"):
+    with enable("dualpipe", residual="mhc"):
         assert all(getattr(owner, name) is not b for (owner, name), b in zip(names, before))
-        function = training.get_forward_backward_func()
-        assert function is pipeline_parallel.get_forward_backward_func(schedule_pg_collection=None) and callable(function)
         with pytest.raises(RuntimeError, match="enabled already"):
             enable("dualpipe")
     assert all(getattr(owner, name) is b for (owner, name), b in zip(names, before))
@@ -74,8 +92,23 @@ def test_every_option_has_a_broken_value():
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_options_of_the_model(name):
-    with pytest.raises(ValueError, match=f"{name} = .*: not supported under our schedules: .*; (set|train|use)"):
+    """Under the names of flags, where there is one, and of attributes."""
+    flag = flag_of(name)
+    with pytest.raises(ValueError, match=f"{name} = .*: not supported under our schedules: .*set {name} = ") as caught:
         refuse_options(SimpleNamespace(**{name: BROKEN[name]}))
+    assert flag is None or (str(caught.value).startswith(f"{flag} (") and f"; leave out {flag} (set" in str(caught.value))
+    assert_flags_exist(str(caught.value))
+
+
+@functools.cache
+def known_flags():
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._option_string_actions.keys()
+
+
+def assert_flags_exist(message):
+    assert set(re.findall(r"--[a-z][\w-]*(?<!-)(?![\w-])", message)) <= known_flags(), message
 
 
 JOB = dict(
@@ -85,7 +118,9 @@ JOB = dict(
 )  # fmt: skip
 SAVING = dict(save="somewhere", use_distributed_optimizer=True)
 JOBS = [
-    ("dualpipe", dict(virtual_pipeline_model_parallel_size=2), "parallel_size = 2: a bidirectional placement"),
+    ("dualpipe", dict(hybrid_layer_pattern="M*M*"), r"^ValueError: --hybrid-layer-pattern \(hybrid.*use a GPTModel: HybridModel"),
+    ("megatron", dict(hybrid_override_pattern="M*M*"), r"--hybrid-override-pattern \(hybrid.*use a GPTModel: HybridModel"),
+    ("dualpipe", dict(virtual_pipeline_model_parallel_size=2), r"parallel_size = 2\): a bidirectional placement"),
     ("dualpipev", {}, "a v placement needs 2; set --num-virtual-stages-per-pipeline-rank 2"),
     ("interleaved", dict(virtual_pipeline_model_parallel_size=None), "a looped placement needs 2"),
     ("dualpipe", dict(use_megatron_fsdp=True), "use_megatron_fsdp = True"),
@@ -99,12 +134,12 @@ JOBS = [
     ("dualpipe", dict(num_distributed_optimizer_instances=2), "num_distributed_optimizer_instances = 2"),
     ("dualpipe", dict(untie_embeddings_and_output_weights=False), "set --untie-embeddings-and-output-weights"),
     ("dualpipe", dict(mtp_num_layers=1), "mtp_num_layers = 1"),
-    ("dualpipe", dict(save="somewhere", ckpt_format="torch"), "ckpt_format = 'torch': goes by pipeline ranks"),
+    ("dualpipe", dict(save="somewhere", ckpt_format="torch"), r"ckpt_format = 'torch'\): goes by pipeline ranks"),
     ("dualpipe", dict(qk_clip=True), "qk_clip = True"),
     ("dualpipe", dict(logits_save_dir="somewhere"), "logits_save_dir = 'somewhere'"),
     ("dualpipe", dict(logits_load_dir="somewhere"), "logits_load_dir = 'somewhere'"),
     ("dualpipe", dict(non_persistent_ckpt_type="local"), "non_persistent_ckpt_type = 'local'"),
-    ("dualpipe", dict(pretrained_checkpoint="somewhere", ckpt_format="torch"), "ckpt_format = 'torch': goes by pipeline ranks"),
+    ("dualpipe", dict(pretrained_checkpoint="somewhere", ckpt_format="torch"), r"ckpt_format = 'torch'\): goes by pipeline ranks"),
     ("1f1b", dict(inprocess_restart=True), "inprocess_restart = True"),
     ("dualpipe", dict(moe_router_load_balancing_type=["aux_loss", "global_aux_loss"]), "load_balancing_type = .*global_aux_loss"),
     ("dualpipe", dict(moe_router_load_balancing_type="quantile_balancing"), "load_balancing_type = 'quantile_balancing'"),
@@ -117,9 +152,9 @@ JOBS = [
         dict(**SAVING, dist_ckpt_optim_fully_reshardable=True, distrib_optim_fully_reshardable_mem_efficient=True),
         "mem_efficient = True",
     ),
-    ("dualpipe", dict(global_batch_size=6), "global_batch_size = 6: makes 3 micro-batches of 2 .* dualpipe needs an even number"),
-    ("dualpipe", dict(eval_global_batch_size=6), "eval_global_batch_size = 6: makes 3 micro-batches"),
-    ("megatron", dict(num_layers=1), "num_layers = 1: fewer than the 2 stages"),
+    ("dualpipe", dict(global_batch_size=6), r"global_batch_size = 6\): makes 3 micro-batches of 2 .* needs an even number"),
+    ("dualpipe", dict(eval_global_batch_size=6), r"eval_global_batch_size = 6\): makes 3 micro-batches"),
+    ("megatron", dict(num_layers=1), r"num_layers = 1\): fewer than the 2 stages"),
 ]
 
 
@@ -148,7 +183,8 @@ def test_jobs_are_refused_at_start_on_every_rank():
         for (_, _, message), text in zip(JOBS, said, strict=True):
             with pytest.raises(ValueError, match=message):
                 raise ValueError(text)
-            assert "\n" not in text and text.startswith("ValueError: ")
+            assert "\n" not in text and text.startswith("ValueError: ") and "--" in text
+            assert_flags_exist(text)
 
 
 class Other(torch.nn.Module):
@@ -200,12 +236,12 @@ def test_models_and_calls_are_refused_on_every_rank():
         "Other: has no TransformerBlock as its decoder; use GPTModel",
         "HybridModel: .*; use GPTModel: HybridModel has attention and FFN in layers of their own",
         "share_embeddings_and_output_weights = True: not supported over a bidirectional placement",
-        "fp32_residual_connection = True: not supported",
-        "recompute_modules contains 'layernorm': not supported by hyper-connection layers; drop it",
-        "rank 1: stage 1: has no transformer layers, every stage needs one",
+        r"--fp32-residual-connection \(fp32_residual_connection = True\): not supported",
+        r"--recompute-modules \(recompute_modules\) contains 'layernorm': not supported by hyper-connection layers; drop it",
+        r"rank 1: stage 1: has no transformer layers, every stage needs one; change the layout \(--num-layers",
         "model: 1 chunks on a rank; dualpipe over 2 ranks needs 2",
         "adjust_tensor_shapes_fn = .*: must be None",
-        "p2p_communicator = .*: must be None",
+        "p2p_communicator = .*: must be None, or Megatron's P2PCommunicator",
         "param_sync_func = .*: is not called under our schedules, .*; set None",
         "data_iterator: a list of 2; must have one iterator for each of the 1 model chunks",
     ]
@@ -219,7 +255,7 @@ def test_models_and_calls_are_refused_on_every_rank():
     ("name", "value"), [("use_megatron_fsdp", True), ("use_custom_fsdp", True), ("num_distributed_optimizer_instances", 2)]
 )
 def test_options_of_ddp(name, value):
-    with pytest.raises(ValueError, match=f"{name} = {value}: not supported by wrap_model_chunks; (use|set)"):
+    with pytest.raises(ValueError, match=rf"{name} = {value}\)?: not supported by wrap_model_chunks; .*set {name} ="):
         wrap_model_chunks([], SimpleNamespace(**{name: value}))
 
 
@@ -247,12 +283,12 @@ def test_chunks_of_another_placement_or_without_a_mirror():
 
 
 def test_odd_pipelines_have_no_mirror():
-    def build(rank):
+    def build_chunks(rank):
         initialize(pp=3)
-        with pytest.raises(ValueError, match=r"ranks = 3|pipeline_model_parallel_size = 3: must be even"):
+        with pytest.raises(ValueError, match=r"ranks = 3|pipeline_model_parallel_size = 3\): must be even"):
             build_model_chunks(provider(model_config(pp=3, layers=6)), "dualpipe")
 
-    run_ranks(build, 3)
+    run_ranks(build_chunks, 3)
 
 
 def test_specs_of_other_layers_are_refused():
@@ -263,8 +299,6 @@ def test_specs_of_other_layers_are_refused():
 
 
 def wrong_number(rank):
-    from pipehc.schedules import build
-
     job = Job(build("dualpipe", 2, 6), pp=2)
     with pytest.raises(ValueError, match="schedule dualpipe: is for 6 micro-batches, the job runs 8 a step"):
         job.call(0, 8)
