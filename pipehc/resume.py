@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -111,7 +112,7 @@ def make_room(start: Start, config: Config, checkpoints: Checkpoints, ranks: Ran
             ranks.on_main(lambda: metrics.is_file() and shutil.copy(metrics, free_name(metrics)))
         return
     for path in (checkpoints.folder, metrics):
-        ranks.on_main(lambda path=path: set_aside(path))
+        ranks.on_main(partial(set_aside, path))
 
 
 def _choose(config: Config, newest: Path | None, data: DataInfo, job: str | None) -> Start:
