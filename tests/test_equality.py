@@ -81,10 +81,12 @@ def compare(rank_results, reference, label):
         scale = gradients[name].norm()
         assert scale > 0 or "experts" in name, (label, name)
         for copy in copies:
-            # hybrid's lambda is one number: its gradient may be all but nothing, left over when large terms cancel.
+            # hybrid's lambda is one number: its gradient may be all but nothing, left over when large terms cancel. So are the
+            # three of alpha: 2e-5 was seen on a processor whose products add in another order.
             floor = 1e-10 * norm if name.endswith("blend_logit") else 0
+            share = 1e-4 if name.endswith(".alpha") else 1e-5
             error = (copy - gradients[name]).norm()
-            assert error <= 1e-5 * scale + floor, (label, name, float(error / scale))
+            assert error <= share * scale + floor, (label, name, float(error / scale))
     assert seen_biases.keys() == biases.keys() and biases
     for name, copies in seen_biases.items():
         assert biases[name].abs().max() > 0, (label, name)
