@@ -90,6 +90,11 @@ class Costs:
         """Whether there are times of every stage, rather than of 1/P of the model."""
         return self.table is not None or self.nodes is not None
 
+    @property
+    def stages(self) -> int | None:
+        """For placements of how many stages they are, if there are times of every stage."""
+        return 1 + max(stage for stage, _ in self._times) if self.by_stage else None
+
     @cached_property
     def _table(self) -> dict[Key, float]:
         return dict(self.table or ())

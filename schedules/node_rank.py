@@ -7,17 +7,16 @@ for the all-to-alls. The compute queue idles where a node's input is not there y
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pipehc.schedules.actions import Action
 from pipehc.schedules.costs import Costs
 from pipehc.schedules.links import Link
-from pipehc.schedules.node_costs import NodeCost, PairStep, pair_steps
+from pipehc.schedules.node_costs import NodeCost, PairStep
+from pipehc.schedules.pair_time import Interval, place, steps_of, uncovered
 from pipehc.schedules.program import Program, Run, inputs_first
 from pipehc.schedules.rank import Rank
 from pipehc.schedules.spans import Span
-
-Interval = tuple[float, float]
 
 
 class _Half:
@@ -39,7 +38,7 @@ class NodeRank(Rank):
 
     def __init__(self, program: Program, costs: Costs, rank: int, links: dict[tuple[int, int], Link]) -> None:
         super().__init__(program, costs, rank, links)
-        self.costs = costs
+        self.costs, self.one_worker = costs, costs.one_worker
         self.instructions = tuple(inputs_first(self.instructions))
         self.clock["communication"] = 0.0
         self.backwards = {i.pair: i for i in self.instructions if isinstance(i, Run) and i.pair is not None and i.action.kind in "BI"}
@@ -59,11 +58,11 @@ class NodeRank(Rank):
 
     @property
     def all_to_all(self) -> float:  # type: ignore[override]
-        return _uncovered(self.moves, ())
+        return uncovered(self.moves)
 
     @property
     def exposed_all_to_all(self) -> float:  # type: ignore[override]
-        return _uncovered(self.moves, self.works)
+        return uncovered(self.moves, self.works)
 
     def _run(self, instruction: Run, after: float) -> None:
         free = self.clock["compute"]
@@ -117,12 +116,8 @@ class NodeRank(Rank):
         behind = self._half(backward, backward_after)
         key = forward.action.stage, backward.action.stage
         if key not in self.orders:
-            self.orders[key] = self._steps(*key)
+            self.orders[key] = steps_of(self.costs, *key)
         self.open[forward.pair] = _Pair(iter(self.orders[key]), {"F": self._half(forward, after), "B": behind, "W": behind}, set())
-
-    def _steps(self, ahead: int, back: int) -> Sequence[PairStep]:
-        nodes = {(kind, stage): self.costs.nodes_of(kind, stage) or () for kind in "FIW" for stage in (ahead, back)}
-        return pair_steps(nodes["F", ahead], nodes["F", back], nodes["I", back], nodes["W", back])
 
     def _go_on(self, instruction: Run) -> _Half:
         """Goes on with both halves of a pair until the action's result is there. Returns the action's half."""
@@ -141,43 +136,21 @@ class NodeRank(Rank):
 
     def _issue(self, half: _Half, node: NodeCost, kind: str) -> None:
         """One node of the micro-batch, of its `kind` of work."""
-        length, ready = node.ms * half.factor, half.ready
-        if node.queue == "communication":
-            before = self.clock["communication"]
-            # A CPU starts a transfer when it is issued, and waits for those before it too.
-            start = max(ready, self.clock["compute"] if self.costs.one_worker else before)
-            end = self.clock["communication"] = max(start + length, before)
+        queue, length = node.queue, node.ms * half.factor
+        free = self.clock["compute"]
+        start, end = place(self.clock, self.one_worker, node, length, half.ready)
+        if queue == "communication":
             self.moves.append((start, end))
         else:
-            queue = self.on[node.queue]
-            free = self.clock[queue]
-            start = max(free, ready)
-            end = self.clock[queue] = start + length
-            if queue == "compute":
+            if self.on[queue] == "compute" and self.awaited is not None:
                 self.stalls.append(self._expose(free, start))
-            if node.queue == "high" and length:
-                self.high_delay += max(0.0, start - max(ready, half.turn))
-            if length:
-                self.works.append((start, end))
+            if queue == "high" and length:
+                self.high_delay += max(0.0, start - max(half.ready, half.turn))
+            self.works.append((start, end))
             self.first = min(self.first, start)
         if kind != "W":
             half.ready = end
         if node.name:
             _, stage, microbatch, lane = half.action
-            on = "high" if node.queue == "high" else "node"
-            what = f"{kind}{microbatch} {node.name}"
-            self.spans.append(Span(self.rank, on, start, end, what, kind, lane, stage, microbatch))  # type: ignore[arg-type]
-
-
-def _uncovered(intervals: Sequence[Interval], by: Sequence[Interval]) -> float:
-    """How long one of `intervals` lasted, but none of `by`."""
-    changes = sorted(
-        [(t, i, 0) for low, high in intervals for t, i in ((low, 1), (high, -1))]
-        + [(t, 0, i) for low, high in by for t, i in ((low, 1), (high, -1))]
-    )
-    total, last, here, covered = 0.0, 0.0, 0, 0
-    for at, one, other in changes:
-        if here and not covered:
-            total += at - last
-        here, covered, last = here + one, covered + other, at
-    return total
+            on: Literal["high", "node"] = "high" if queue == "high" else "node"
+            self.spans.append(Span(self.rank, on, start, end, f"{kind}{microbatch} {node.name}", kind, lane, stage, microbatch))
