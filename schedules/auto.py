@@ -225,6 +225,4 @@ def _load(path: Path) -> AutoReport:
     schedule = Schedule("auto", placement, content["microbatches"], rows)
     check(schedule)
     named_makespan = float("inf") if content["named"] is None else content["named_makespan"]
-    return AutoReport(
-        schedule, content["makespan"], content["lower_bound"], content["named"], named_makespan, content["cut_short"]
-    )
+    return AutoReport(schedule, content["makespan"], content["lower_bound"], content["named"], named_makespan, content["cut_short"])

@@ -27,12 +27,12 @@ class Costs:
         takes the mean over the part it holds, so the same weights serve placements of P and of 2P stages.
     microbatch_weights: factors on micro-batches 0, 1, ... (sequences of uneven length).
     activation_bytes: what the forward of 1/P of the model keeps for one micro-batch; scaled by the weights like time.
-    table: the time of every action on its own stage instead: (stage, kind) -> time of one micro-batch, kind F, B (the input gradient
-        alone, an I), W or R. It is for placements of just these stages; f, b, w and r are not used then.
+    table: the time of every action on its own stage instead: (stage, kind) -> time of one micro-batch, kind F, B (the input
+        gradient alone, an I), W or R. It is for placements of just these stages; f, b, w and r are not used then.
     nodes: what these actions are made of, (stage, kind) -> (name, queue, time) in the order in which they are issued: a backward
         begins with the last block. name: BLOCK.KIND as in `pair_order`; queue: compute, high or communication (all-to-alls, one
-        in-order queue a rank). Each waits for the one before it, and for its queue. Pairs are then simulated node by node. An action
-        with nodes needs no entry in the table; if it has one, they must add up to it.
+        in-order queue a rank). Each waits for the one before it, and for its queue. Pairs are then simulated node by node. An
+        action with nodes needs no entry in the table; if it has one, they must add up to it.
     one_worker: as on a CPU: what is on the high-priority queue is done by the compute queue, in its place; all-to-alls start when
         they are issued, also beside each other.
     Raises ValueError for a negative time or factor, or what cannot be together.
@@ -77,11 +77,14 @@ class Costs:
         object.__setattr__(self, "nodes", frozen_nodes(self.nodes or {}))
         for key, unset in (("high", 0.0), ("pair", None), ("pair_leave", None), ("weights", None)):
             if getattr(self, key) != unset:
-                raise ValueError(f"costs.{key} = {getattr(self, key)}: not with costs.table or costs.nodes, which say that themselves")
+                raise ValueError(
+                    f"costs.{key} = {getattr(self, key)}: not with costs.table or costs.nodes, which say it themselves"
+                )
         for (stage, kind), time in self._table.items():
             parts = sum(node.ms for node in self._nodes.get((stage, kind), ()))
             if (stage, kind) in self._nodes and abs(parts - time) > 0.01 * max(time, parts):
-                raise ValueError(f"costs.nodes[{stage}, {kind!r}] add up to {parts:g}, but costs.table[{stage}, {kind!r}] = {time:g}")
+                key = f"[{stage}, {kind!r}]"
+                raise ValueError(f"costs.nodes{key} add up to {parts:g}, but costs.table{key} = {time:g}")
         if not any(self._times.values()):
             raise ValueError("costs.table and costs.nodes: at least one time must be > 0")
 
@@ -157,7 +160,7 @@ class Costs:
         stages = placement.stages
         if self.by_stage:
             if more := [key for key in self._times if key[0] >= stages]:
-                raise ValueError(f"costs.table has ({more[0][0]}, {more[0][1]!r}): the placement has {stages} stages, 0..{stages - 1}")
+                raise ValueError(f"costs.table has ({more[0][0]}, {more[0][1]!r}): the placement has stages 0..{stages - 1}")
             return ((1.0,) * stages,) * placement.lanes
         rows = self._weight_rows
         if len(rows) not in (1, placement.lanes):

@@ -41,8 +41,9 @@ class NodeRank(Rank):
         self.costs, self.one_worker = costs, costs.one_worker
         self.instructions = tuple(inputs_first(self.instructions))
         self.clock["communication"] = 0.0
-        self.backwards = {i.pair: i for i in self.instructions if isinstance(i, Run) and i.pair is not None and i.action.kind in "BI"}
-        self.run_events = {i.event for i in self.instructions if isinstance(i, Run)}
+        runs = [i for i in self.instructions if isinstance(i, Run)]
+        self.backwards = {i.pair: i for i in runs if i.pair is not None and i.action.kind in "BI"}
+        self.run_events = {i.event for i in runs}
         self.open: dict[int, _Pair] = {}
         self.orders: dict[tuple[int, int], Sequence[PairStep]] = {}  # by stages of the forward and of the backward
         self.moves: list[Interval] = []

@@ -41,8 +41,8 @@ Turn = tuple[Literal["F", "B", "W"], str] | Mark
 def pair_order(ahead: Sequence[str], back: Sequence[str]) -> Iterator[Turn]:
     """The turns of all nodes of a pair.
 
-    ahead, back: the nodes of the stage of the forward and of that of the backward, BLOCK.KIND, both in forward order. Yields F and B
-    with the node whose forward or backward is next, W with the node at whose turn the weight gradients owed so far are computed;
+    ahead, back: the nodes of the stage of the forward and of that of the backward, BLOCK.KIND, both in forward order. Yields F and
+    B with the node whose forward or backward is next, W with the node at whose turn the weight gradients owed so far are computed;
     between them "output" when the forward is issued, "gradient" when the input gradient of the backward is, and "end" when all is;
     the first two in the order in which they come. A half with more blocks has the rest of them to itself.
     """

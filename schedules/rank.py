@@ -167,7 +167,7 @@ class Rank:
         return end
 
     def _expose(self, free: float, start: float) -> tuple[float, float]:
-        """The compute queue was idle from `free` to `start`: in which part because of a message that the high-priority queue awaits."""
+        """The part of the compute queue's idle time `free` to `start` that is due to a message the high-priority queue awaits."""
         if self.awaited is None:
             return start, start
         sent, arrived = self.awaited

@@ -108,12 +108,11 @@ def pose(placement: Placement, microbatches: int, costs: Costs, max_live: float 
     if microbatches % lanes:
         return None
     count = microbatches // lanes
-    mirrored = (
-        placement.kind == "bidirectional" and ranks % 2 == 0 and factors[0] == factors[1] and sizes[:count] == sizes[count:]
-    )
+    mirrored = placement.kind == "bidirectional" and ranks % 2 == 0 and factors[0] == factors[1] and sizes[:count] == sizes[count:]
     bound = lower_bound(placement, microbatches, costs, max_live=max_live)
+    scheduled = ranks // 2 if mirrored else ranks
     pair_scale = _pair_scale(placement, costs)
-    problem = Problem(placement, microbatches, costs, max_live, bound, mirrored, ranks // 2 if mirrored else ranks, count, pair_scale)
+    problem = Problem(placement, microbatches, costs, max_live, bound, mirrored, scheduled, count, pair_scale)
     problem.time, problem.tail = ([], [], []), ([], [])
     ends = stages_of(placement, microbatches, costs, False)
     edges: dict[tuple[int, int], int] = {}
