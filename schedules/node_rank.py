@@ -114,11 +114,12 @@ class NodeRank(Rank):
         events = [self.events[event] for event in backward.after if event in self.run_events]
         backward_after = max((at for at in events if isinstance(at, float)), default=0.0)
         self._start_after(backward, backward_after)
-        behind = self._half(backward, backward_after)
+        halves = {"F": self._half(forward, after), "B": self._half(backward, backward_after)}
+        halves["W"] = _Half(backward.action, halves["B"].factor, 0.0, 0.0)  # what it needs is before it on the compute queue
         key = forward.action.stage, backward.action.stage
         if key not in self.orders:
             self.orders[key] = steps_of(self.costs, *key)
-        self.open[forward.pair] = _Pair(iter(self.orders[key]), {"F": self._half(forward, after), "B": behind, "W": behind}, set())
+        self.open[forward.pair] = _Pair(iter(self.orders[key]), halves, set())
 
     def _go_on(self, instruction: Run) -> _Half:
         """Goes on with both halves of a pair until the action's result is there. Returns the action's half."""
@@ -149,8 +150,7 @@ class NodeRank(Rank):
                 self.high_delay += max(0.0, start - max(half.ready, half.turn))
             self.works.append((start, end))
             self.first = min(self.first, start)
-        if kind != "W":
-            half.ready = end
+        half.ready = end
         if node.name:
             _, stage, microbatch, lane = half.action
             on: Literal["high", "node"] = "high" if queue == "high" else "node"

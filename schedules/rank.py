@@ -20,7 +20,7 @@ class Rank:
         self.factors = costs.stage_factors(schedule.placement)
         self.microbatch = costs.microbatch_factors(schedule.microbatches)
         kinds = {i.action.kind for row in program.instructions for i in row if isinstance(i, Run)}
-        self.time = {kind: [costs.time(kind, s) for s in range(schedule.placement.stages)] for kind in kinds}
+        self.time = {kind: [costs.time(kind, s) for s in range(schedule.placement.stages)] for kind in "FIWBR" if kind in kinds}
         self.sizes = costs.sizes(schedule.placement)
         self.high, self.pair_scale, self.bytes = costs.high, costs.pair_scale, costs.activation_bytes
         self.on: dict[str, ComputeQueue] = {"compute": "compute", "high": "compute" if costs.one_worker else "high"}
