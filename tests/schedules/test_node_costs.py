@@ -40,9 +40,8 @@ def test_a_table_of_equal_stages_is_the_same_as_numbers(name):
     schedule = build(name, 4, 8)
     share = schedule.placement.share
     numbers = Costs(f=3, b=4, w=2, r=1, link=0.5, latency=0.25, activation_bytes=8)
-    by_stage = Costs(
-        table=table(schedule.placement.stages, F=3 * share, B=4 * share, W=2 * share, R=share), link=0.5, latency=0.25, activation_bytes=8
-    )
+    times = table(schedule.placement.stages, F=3 * share, B=4 * share, W=2 * share, R=share)
+    by_stage = Costs(table=times, link=0.5, latency=0.25, activation_bytes=8)
     one, other = (simulate(compile(schedule, recompute=True), costs) for costs in (numbers, by_stage))
     assert one == other
 
@@ -67,10 +66,10 @@ def test_every_stage_takes_its_own_time():
         ({"table": {(0, "F"): float("nan")}}, r"costs.table\[0, 'F'\] = nan"),
         ({"table": {}}, "at least one time must be > 0"),
         ({"nodes": {(0, "I"): B}}, r"costs.nodes\[\(0, 'I'\)\]: the key"),
-        ({"nodes": nodes(1, F=[("0.attention", "gpu", 1.0)])}, "queue 'gpu' of 0.attention must be compute or high or communication"),
+        ({"nodes": nodes(1, F=[("0.attention", "gpu", 1.0)])}, "'gpu' of 0.attention must be compute or high or communication"),
         ({"nodes": nodes(1, F=[("attention", "compute", 1.0)])}, "'attention' must be named BLOCK.KIND"),
         ({"nodes": nodes(1, F=[("0.router", "compute", 1.0)])}, "'0.router' must be named BLOCK.KIND, KIND one of attention"),
-        ({"nodes": nodes(1, F=[("0.attention", 1.0)])}, r"costs.nodes\[0, 'F'\]: \('0.attention', 1.0\) must be \(name, queue, ms\)"),
+        ({"nodes": nodes(1, F=[("0.attention", 1.0)])}, r"\[0, 'F'\]: \('0.attention', 1.0\) must be \(name, queue, ms\)"),
         ({"nodes": nodes(1, F=[("0.attention", "compute", -2.0)])}, "ms of 0.attention = -2.0"),
         ({"nodes": nodes(1, W=[("0.mlp", "communication", 1.0)])}, "queue 'communication' of 0.mlp must be compute"),
         ({"nodes": nodes(1, F=F[::-1])}, r"costs.nodes\[0, 'F'\]: must have block after block"),
@@ -124,9 +123,9 @@ def test_auto_searches_with_them():
         found = auto_report(4, 8, given, placements=("linear", "bidirectional"), time_limit=0.5)
         assert found.lower_bound <= found.makespan <= found.named_makespan
         assert simulate(found.schedule, given).makespan == pytest.approx(found.makespan)
-    with pytest.raises(ValueError, match="costs.table is for 4 stages: v on 4 ranks has 8; placements may be linear, bidirectional"):
+    with pytest.raises(ValueError, match=r"for 4 stages: v on 4 ranks has 8; placements may be linear, bidirectional"):
         auto_report(4, 8, costs)
-    with pytest.raises(ValueError, match="costs.table is for 3 stages: linear on 4 ranks has 4; no placement here has them"):
+    with pytest.raises(ValueError, match=r"costs.table is for 3 stages: linear on 4 ranks has 4; no placement here has them"):
         auto_report(4, 8, Costs(table=table(3)), placements=("linear",))
     looped = auto_report(2, 4, Costs(table=table(4)), placements=("v", "looped"), time_limit=0.2)
     assert looped.schedule.placement.stages == 4

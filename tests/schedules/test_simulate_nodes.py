@@ -1,6 +1,7 @@
 """Simulation node by node: pairs worked out by hand, messages that leave on the way, queues, and bounds that hold."""
 
 import random
+from itertools import pairwise
 
 import pytest
 from random_schedules import random_family, random_schedule
@@ -68,7 +69,8 @@ def test_the_same_pair_on_one_worker():
 
 def test_transfers_of_one_worker_are_beside_each_other():
     """On the in-order queue of a device the second all-to-all waits for the first."""
-    times = {("F", "attention"): 1.0, ("F", "dispatch"): 9.0, ("B", "combine"): 9.0, ("F", "mlp"): 1.0, ("B", "mlp"): 1.0, ("F", "combine"): 0.0}
+    times = {("F", "attention"): 1.0, ("F", "dispatch"): 9.0, ("F", "mlp"): 1.0, ("F", "combine"): 0.0}
+    times |= {("B", "combine"): 9.0, ("B", "mlp"): 1.0}
     whole = [pair_times(steps_of(costs(times, one_worker=one), 0, 0), one).whole for one in (False, True)]
     # Combine B 0-9; dispatch F after attention: 9-18 or 1-10; then mlp F.
     assert whole == [19, 11]
@@ -131,7 +133,7 @@ def test_a_late_message_is_exposed_once():
         for rank, busy in enumerate(result.busy):
             assert busy + result.exposed_comm[rank] <= result.makespan + 1e-9
             spans = sorted((s.start, s.end) for s in result.spans if s.rank == rank and s.queue == "compute")
-            assert all(one[1] <= other[0] + 1e-9 for one, other in zip(spans, spans[1:]))
+            assert all(one[1] <= other[0] + 1e-9 for one, other in pairwise(spans))
         assert (max(result.exposed_comm) > 0) == (link > 0)
 
 
