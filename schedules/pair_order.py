@@ -2,13 +2,16 @@
 
 A block of the model has the nodes attention | dispatch | mlp | combine | mlp_post, a dense one no dispatch and no combine. Each
 all-to-all of one half of the pair runs beside the other half's computation; the end of an FFN, in both directions, has the queue of
-high priority. For every block of the forward and of the backward, the latter from its last block on:
+high priority. For every block of the forward and of the backward, the latter from its last block on, whose mlp_post and combine
+come first:
 
-    compute        |           | attention F |            | mlp B |            mlp W, mlp F | attention B |          | attention W
-    communication  | combine B                | dispatch F         | dispatch B | combine F               |          |
-    high           | mlp_post B                                                              |             mlp_post F |
+    compute        | attention F |            | mlp B |            mlp W, mlp F | attention B |           attention W |
+    communication  |             | dispatch F         | dispatch B | combine F               | combine B             |
+    high           |                                                                          | mlp_post B            | mlp_post F
 
-The stage message of the forward leaves after its last mlp_post, the gradient after attention B, both before the last attention W.
+The last mlp_post B and combine B in a row are those of the block that is next, so that attention W, which waits for nothing, hides
+them and combine F. In the last block of a half mlp_post F comes before attention W: the stage message of the forward leaves after
+it, the gradient after attention B, both before the last attention W.
 """
 
 from __future__ import annotations
@@ -17,9 +20,8 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 Step = tuple[Literal["F", "B", "W"], str]
-TEMPLATE: tuple[Step, ...] = (
-    ("B", "mlp_post"),
-    ("B", "combine"),
+START: tuple[Step, ...] = (("B", "mlp_post"), ("B", "combine"))
+MIDDLE: tuple[Step, ...] = (
     ("F", "attention"),
     ("F", "dispatch"),
     ("B", "mlp"),
@@ -28,9 +30,9 @@ TEMPLATE: tuple[Step, ...] = (
     ("F", "mlp"),
     ("F", "combine"),
     ("B", "attention"),
-    ("F", "mlp_post"),
-    ("W", "attention"),
 )
+OUTPUT: tuple[Step, ...] = (("F", "mlp_post"),)
+REST: tuple[Step, ...] = (("W", "attention"),)
 NODE_KINDS = ("attention", "dispatch", "mlp", "combine", "mlp_post")  # in forward order
 ALL_TO_ALLS = ("dispatch", "combine")
 
@@ -47,15 +49,28 @@ def pair_order(ahead: Sequence[str], back: Sequence[str]) -> Iterator[Turn]:
     the first two in the order in which they come. A half with more blocks has the rest of them to itself.
     """
     forwards, backwards = blocks(ahead), blocks(back)[::-1]
-    for k in range(max(len(forwards), len(backwards))):
-        for what, kind in TEMPLATE:
+
+    def turns(steps: Sequence[Step], k: int) -> Iterator[Turn]:
+        """Those of the k-th blocks."""
+        for what, kind in steps:
             for block in (forwards if what == "F" else backwards)[k : k + 1]:
                 if kind in block:
                     yield what, block[kind]
-            if (what, kind) == ("F", "mlp_post") and k + 1 == len(forwards):
-                yield "output"
-            if (what, kind) == ("F", "mlp_post") and k + 1 == len(backwards):
-                yield "gradient"
+
+    yield from turns(START, 0)
+    for k in range(max(len(forwards), len(backwards))):
+        yield from turns(MIDDLE, k)
+        last = k + 1 in (len(forwards), len(backwards))
+        if last:
+            yield from turns(OUTPUT, k)
+        if k + 1 == len(forwards):
+            yield "output"
+        if k + 1 == len(backwards):
+            yield "gradient"
+        yield from turns(START, k + 1)
+        yield from turns(REST, k)
+        if not last:
+            yield from turns(OUTPUT, k)
     yield "end"
 
 
