@@ -17,11 +17,10 @@ from schedule_bench.sleeping_nodes import Work  # noqa: E402
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compute", [False])
-def test_the_simulator_predicts_steps_that_ran(compute):
+def test_the_simulator_predicts_steps_that_ran():
     """Pairs included; 5 % on a quiet machine, and other work only makes recorded steps longer."""
     names = ["dualpipe", "dualpipev", "1f1b", "zb_h1"]
-    checks = check_simulator.run(names, 4, 10, Work(compute=compute), steps=3, realtime=True)
+    checks = check_simulator.run(names, 4, 10, Work(), steps=3, realtime=True)
     errors = sorted(abs(check.error) for check in checks)
     assert errors[len(errors) // 2] < 0.1, [(check.name, check.error) for check in checks]
     for check in checks:
