@@ -78,6 +78,7 @@ def auto_report(
         and 4 chunks: they are compared, not searched. time_limit: seconds, after which the best so far is returned; the named
         schedules are looked at in any case.
     seed: the same seed gives the same schedule, unless the clock stops the search (see AutoReport.cut_short).
+    costs: those of every stage (`Costs.table`) are for placements of as many stages.
     cache: folder that keeps results by content; in memory they are kept in any case.
     Raises ValueError, naming key and value, for what is not allowed, and if no schedule can respect the cap.
     """
@@ -92,6 +93,12 @@ def auto_report(
             raise ValueError(f"placements: {name!r} must be one of {', '.join(PLACEMENTS)}")
     if not placements:
         raise ValueError(f"placements: needs at least one of {', '.join(PLACEMENTS)}")
+    if costs.stages is not None:
+        fitting = [name for name in PLACEMENTS if any(p.stages == costs.stages for p in _meant(name, ranks))]
+        if refused := [name for name in placements if name not in fitting]:
+            stages = " or ".join(str(p.stages) for p in _meant(refused[0], ranks))
+            allowed = f"placements may be {', '.join(fitting)}" if fitting else "no placement here has them"
+            raise ValueError(f"costs.table is for {costs.stages} stages: {refused[0]} on {ranks} ranks has {stages}; {allowed}")
     wanted = tuple(name for name in PLACEMENTS if name in placements)
     problem = (ranks, microbatches, costs, max_live, wanted, float(time_limit), seed)
     if cache is None:
@@ -128,7 +135,9 @@ def _search(
 ) -> AutoReport:
     deadline = monotonic() + 0.95 * time_limit  # what is left is for the last checks
     open_problems = _posed([SEARCHED[name](ranks) for name in placements if name in SEARCHED], microbatches, costs, max_live)
-    named_only = [looped(ranks, chunks) for chunks in LOOPED_CHUNKS] if "looped" in placements else []
+    named_only = _meant("looped", ranks) if "looped" in placements else []
+    if costs.stages is not None:
+        named_only = [placement for placement in named_only if placement.stages == costs.stages]
     problems = open_problems + _posed(named_only, microbatches, costs, max_live)
     examples = _named(problems, costs)
     if not open_problems and not examples:
@@ -160,6 +169,11 @@ def _search(
     makespan, schedule = found[0]
     assert max_live is None or max(check(schedule).peak_live) <= max_live + 1e-9
     return AutoReport(replace(schedule, name="auto"), makespan, bound, named, named_makespan, budget.cut_short)
+
+
+def _meant(name: str, ranks: int) -> list[Placement]:
+    """The placements that a name stands for."""
+    return [looped(ranks, chunks) for chunks in LOOPED_CHUNKS] if name == "looped" else [SEARCHED[name](ranks)]
 
 
 def _posed(placements: Sequence[Placement], microbatches: int, costs: Costs, max_live: float | None) -> list[Problem]:
@@ -211,6 +225,4 @@ def _load(path: Path) -> AutoReport:
     schedule = Schedule("auto", placement, content["microbatches"], rows)
     check(schedule)
     named_makespan = float("inf") if content["named"] is None else content["named_makespan"]
-    return AutoReport(
-        schedule, content["makespan"], content["lower_bound"], content["named"], named_makespan, content["cut_short"]
-    )
+    return AutoReport(schedule, content["makespan"], content["lower_bound"], content["named"], named_makespan, content["cut_short"])

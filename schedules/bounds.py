@@ -1,11 +1,14 @@
 """Lower bounds on the time of a step: what no schedule of a placement can beat, whatever its order.
 
-Micro-batches may differ in size; the bounds then use the smallest for latencies, and the true sum for work.
+Micro-batches may differ in size; the bounds then use the smallest for latencies, and the true sum for work. With costs of nodes, an
+action takes a micro-batch the sum of its nodes, but its rank only the part on the compute queue; weight gradients may begin beside
+the backward that they belong to, and only those of the nodes after its last turn in a pair surely come after it.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,9 +24,11 @@ class Stage(NamedTuple):
     share: float
     microbatches: int
     mean: float  # size of a micro-batch, in units of the smallest
-    f: float  # of the smallest micro-batch, like all times here
+    f: float  # on the compute queue, of the smallest micro-batch, like all times here
     b: float
     w: float
+    life: float  # from the start of I to the end of W
+    weight_head: float  # from the start of I to that of W
     forward_head: float  # earliest start of the first F; the n-th after it is n * forward_pace later
     backward_head: float
     forward_pace: float
@@ -67,10 +72,10 @@ def stages_of(placement: Placement, microbatches: int, costs: Costs, forward_onl
     for lane, ranks in enumerate(placement.table):
         own = lane_microbatches(microbatches, placement.lanes, lane)
         mean = sum(sizes[m] for m in own) / max(1, len(own)) / min(sizes)
-        f, b, w = ([costs.time(kind) * x * least for x in factors[lane]] for kind in "FIW")
-        if forward_only:
-            b, w = [0.0] * len(f), [0.0] * len(f)
-        count = len(f)
+        count = len(ranks)
+        f, b = (_times(costs, kind, factors[lane], least, forward_only) for kind in "FI")
+        f_work, b_work, w_work = (_work(costs, kind, factors[lane], least, forward_only) for kind in "FIW")
+        tail = [0.0 if forward_only else _weight_tail(costs, s) * x * least for s, x in enumerate(factors[lane])]
         crossing = [ranks[s] != ranks[s + 1] for s in range(count - 1)]
         hop = [(costs.link + costs.latency) * x for x in crossing]
         hold = [costs.link * x for x in crossing]
@@ -80,27 +85,47 @@ def stages_of(placement: Placement, microbatches: int, costs: Costs, forward_onl
         back = 0.0 if forward_only else 1.0  # nothing travels back
         hops = [*hop, 0.0, *(back * x for x in reversed(hop))]
         holds = [*hold, 0.0, *(back * x for x in reversed(hold))]
+        work = [*f_work, *reversed(b_work)]
         before, pace = [0.0], [0.0]
         for i in range(2 * count - 1):
             before.append(before[-1] + length[i] + hops[i])
-            pace.append(max(pace[-1], length[i], holds[i]))
-        after, drain = [w[0]], [0.0]  # built from the end
+            pace.append(max(pace[-1], work[i], holds[i]))
+        after, drain = [tail[0]], [0.0]  # built from the end
         for i in reversed(range(2 * count - 1)):
-            own_weight = w[2 * count - 1 - i] if i >= count else 0.0
+            own_weight = tail[2 * count - 1 - i] if i >= count else 0.0
             after.append(max(own_weight, hops[i] + length[i + 1] + after[-1]))
-            drain.append(max(drain[-1], length[i + 1], holds[i]))
+            drain.append(max(drain[-1], work[i + 1], holds[i]))
         after.reverse()
         drain.reverse()
         lanes.append(
             [
                 Stage(
-                    ranks[s], placement.share, len(own), mean, f[s], b[s], w[s],
+                    ranks[s], placement.share, len(own), mean, f_work[s], b_work[s], w_work[s],
+                    max(b[s] + tail[s], b_work[s] + w_work[s]), 0.0 if costs.nodes else b[s],
                     before[s], before[-1 - s], pace[s], pace[-1 - s], after[s], after[-1 - s], drain[s], drain[-1 - s],
                 )
                 for s in range(count)
             ]
         )  # fmt: skip
     return lanes
+
+
+def _times(costs: Costs, kind: str, factors: Sequence[float], least: float, forward_only: bool) -> list[float]:
+    """Of every stage, from the start of the action to its end."""
+    return [0.0 if forward_only and kind != "F" else costs.time(kind, s) * x * least for s, x in enumerate(factors)]
+
+
+def _work(costs: Costs, kind: str, factors: Sequence[float], least: float, forward_only: bool) -> list[float]:
+    """The same on the compute queue."""
+    return [0.0 if forward_only and kind != "F" else costs.least_work(kind, s) * x * least for s, x in enumerate(factors)]
+
+
+def _weight_tail(costs: Costs, stage: int) -> float:
+    """The part of W that comes after the I, in pairs too."""
+    nodes, backward = costs.nodes_of("W", stage), costs.nodes_of("I", stage)
+    if not nodes or not backward:
+        return costs.time("W", stage)
+    return sum(node.ms for node in nodes if node.name == backward[-1].name)
 
 
 def _work_and_ends(own: list[Stage]) -> float:
@@ -118,7 +143,7 @@ def _one_machine(own: list[Stage], forward_only: bool) -> float:
             if not forward_only:
                 head = s.backward_head + k * s.backward_pace
                 work.append((head, s.backward_tail + later * s.backward_drain, s.b))
-                work.append((head + s.b, 0.0, s.w))
+                work.append((head + s.weight_head, 0.0, s.w))
     work.sort()
     ready: list[tuple[float, float]] = []  # -tail, length left
     now, best = 0.0, 0.0
@@ -149,7 +174,7 @@ def _capped(own: list[Stage], max_live: float) -> tuple[float, float]:
     size = max(s.mean for s in own) if all(s.mean == 1.0 for s in own) else float("inf")
     before = max(head, first - slots * size * max(s.f for s in own))
     after = max(0.0, last - slots * size * max(s.w for s in own))
-    lifetimes = sum(s.microbatches * (s.backward_head - s.forward_head + s.b + s.w) for s in own)
+    lifetimes = sum(s.microbatches * (s.backward_head - s.forward_head + s.life) for s in own)
     # One F after the other fills the slots, one W after the other empties them.
     ramps = (min(s.f for s in own) + min(s.w for s in own)) * slots * (slots - 1) / 2
     return before + work + after, head + (lifetimes + ramps) / slots

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from pipehc.schedules.node_costs import Key, NodeCost, Nodes, Table, frozen_nodes, frozen_table
 from pipehc.schedules.placement import Placement
 
 Weights = tuple[float, ...] | tuple[tuple[float, ...], ...]
@@ -25,7 +27,15 @@ class Costs:
         takes the mean over the part it holds, so the same weights serve placements of P and of 2P stages.
     microbatch_weights: factors on micro-batches 0, 1, ... (sequences of uneven length).
     activation_bytes: what the forward of 1/P of the model keeps for one micro-batch; scaled by the weights like time.
-    Raises ValueError for a negative time or factor.
+    table: the time of every action on its own stage instead: (stage, kind) -> time of one micro-batch, kind F, B (the input
+        gradient alone, an I), W or R. It is for placements of just these stages; f, b, w and r are not used then.
+    nodes: what these actions are made of, (stage, kind) -> (name, queue, time) in the order in which they are issued: a backward
+        begins with the last block. name: BLOCK.KIND as in `pair_order`; queue: compute, high or communication (all-to-alls, one
+        in-order queue a rank). Each waits for the one before it, and for its queue. Pairs are then simulated node by node. An
+        action with nodes needs no entry in the table; if it has one, they must add up to it.
+    one_worker: as on a CPU: what is on the high-priority queue is done by the compute queue, in its place; all-to-alls start when
+        they are issued, also beside each other.
+    Raises ValueError for a negative time or factor, or what cannot be together.
     """
 
     f: float = 1.0
@@ -40,6 +50,9 @@ class Costs:
     weights: Weights | None = None
     microbatch_weights: tuple[float, ...] | None = None
     activation_bytes: float = 0.0
+    table: Mapping[Key, float] | Table | None = None
+    nodes: Mapping[Key, Sequence[tuple[str, str, float]]] | Nodes | None = None
+    one_worker: bool = False
 
     def __post_init__(self) -> None:
         for key in ("f", "b", "w", "r", "high", "pair", "link", "latency", "activation_bytes"):
@@ -56,6 +69,46 @@ class Costs:
             raise ValueError(f"costs.weights = {self.weights}: needs one or more factors > 0, or such a tuple per lane")
         if self.microbatch_weights is not None and not _positive(self.microbatch_weights):
             raise ValueError(f"costs.microbatch_weights = {self.microbatch_weights}: needs one or more factors > 0")
+        if self.by_stage:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        object.__setattr__(self, "table", frozen_table(self.table or {}))
+        object.__setattr__(self, "nodes", frozen_nodes(self.nodes or {}))
+        for key, unset in (("high", 0.0), ("pair", None), ("pair_leave", None), ("weights", None)):
+            if getattr(self, key) != unset:
+                raise ValueError(
+                    f"costs.{key} = {getattr(self, key)}: not with costs.table or costs.nodes, which say it themselves"
+                )
+        for (stage, kind), time in self._table.items():
+            parts = sum(node.ms for node in self._nodes.get((stage, kind), ()))
+            if (stage, kind) in self._nodes and abs(parts - time) > 0.01 * max(time, parts):
+                key = f"[{stage}, {kind!r}]"
+                raise ValueError(f"costs.nodes{key} add up to {parts:g}, but costs.table{key} = {time:g}")
+        if not any(self._times.values()):
+            raise ValueError("costs.table and costs.nodes: at least one time must be > 0")
+
+    @property
+    def by_stage(self) -> bool:
+        """Whether there are times of every stage, rather than of 1/P of the model."""
+        return self.table is not None or self.nodes is not None
+
+    @property
+    def stages(self) -> int | None:
+        """For placements of how many stages they are, if there are times of every stage."""
+        return 1 + max(stage for stage, _ in self._times) if self.by_stage else None
+
+    @cached_property
+    def _table(self) -> dict[Key, float]:
+        return dict(self.table or ())
+
+    @cached_property
+    def _nodes(self) -> dict[Key, tuple[NodeCost, ...]]:
+        return dict(self.nodes or ())  # type: ignore[arg-type]
+
+    @cached_property
+    def _times(self) -> dict[Key, float]:
+        return self._table | {key: sum(node.ms for node in nodes) for key, nodes in self._nodes.items()}
 
     @property
     def _weight_rows(self) -> tuple[tuple[float, ...], ...]:
@@ -67,23 +120,59 @@ class Costs:
         """Factor on both halves of an overlapped pair."""
         return 1.0 if self.pair is None else self.pair / (self.f + self.b + self.w)
 
-    def time(self, kind: str) -> float:
-        """Time of one action of `kind` (F B I W R) on 1/P of the model."""
-        return {"F": self.f, "I": self.b, "W": self.w, "B": self.b + self.w, "R": self.r}[kind]
+    def time(self, kind: str, stage: int = 0) -> float:
+        """Time of one action of `kind` (F B I W R), on 1/P of the model or, if there are times of every stage, on `stage`.
+
+        Raises ValueError, naming the key, if it is one of these that is not there.
+        """
+        if not self.by_stage:
+            return {"F": self.f, "I": self.b, "W": self.w, "B": self.b + self.w, "R": self.r}[kind]
+        if kind == "B":
+            return self.time("I", stage) + self.time("W", stage)
+        key = stage, "B" if kind == "I" else kind
+        if key not in self._times:
+            raise ValueError(f"costs.table: no entry for ({stage}, {key[1]!r})" + _those(self._times))
+        return self._times[key]
+
+    def nodes_of(self, kind: str, stage: int) -> tuple[NodeCost, ...] | None:
+        """What one action of `kind` (F I W R) is made of; None if there are no nodes at all, or none for R.
+
+        Raises ValueError, naming the key, if there are nodes, but not these.
+        """
+        key = stage, "B" if kind == "I" else kind
+        if self._nodes and kind != "R" and key not in self._nodes:
+            raise ValueError(f"costs.nodes: no entry for ({stage}, {key[1]!r})" + _those(self._nodes))
+        return self._nodes.get(key)
+
+    def least_work(self, kind: str, stage: int) -> float:
+        """Of `time`, what is on the compute queue, at least: no two actions of a rank do theirs at the same time."""
+        nodes = self.nodes_of(kind, stage)
+        if nodes is None:
+            beside = self.high if kind in "FI" and not self.one_worker else 0.0
+            return self.time(kind, stage) - beside
+        return sum(node.ms for node in nodes if node.queue == "compute" or (self.one_worker and node.queue == "high"))
 
     def stage_factors(self, placement: Placement) -> tuple[tuple[float, ...], ...]:
-        """[lane][stage]: the stage's size in units of 1/P of the model, times its weight.
+        """[lane][stage]: what `time` is to be multiplied with: the stage's size in units of 1/P of the model, times its weight.
 
-        Raises ValueError if there are weights for several lanes, but not for those of the placement.
+        Raises ValueError if there are weights for several lanes, but not for those of the placement, or times of other stages.
         """
+        stages = placement.stages
+        if self.by_stage:
+            if more := [key for key in self._times if key[0] >= stages]:
+                raise ValueError(f"costs.table has ({more[0][0]}, {more[0][1]!r}): the placement has stages 0..{stages - 1}")
+            return ((1.0,) * stages,) * placement.lanes
         rows = self._weight_rows
         if len(rows) not in (1, placement.lanes):
             raise ValueError(f"costs.weights for {len(rows)} lanes: the placement has {placement.lanes}")
-        stages = placement.stages
         return tuple(
             tuple(placement.share * _mean(rows[lane % len(rows)], s / stages, (s + 1) / stages) for s in range(stages))
             for lane in range(placement.lanes)
         )
+
+    def sizes(self, placement: Placement) -> tuple[tuple[float, ...], ...]:
+        """[lane][stage]: what `activation_bytes` is to be multiplied with."""
+        return ((placement.share,) * placement.stages,) * placement.lanes if self.by_stage else self.stage_factors(placement)
 
     def microbatch_factors(self, microbatches: int) -> tuple[float, ...]:
         """One factor per micro-batch. Raises ValueError if `microbatch_weights` are there, but not that many."""
@@ -97,6 +186,10 @@ class Costs:
 
 def _positive(factors: tuple[float, ...]) -> bool:
     return len(factors) > 0 and all(0 < x < float("inf") for x in factors)
+
+
+def _those(found: Mapping[Key, object]) -> str:
+    return f"; it has stages {', '.join(map(str, sorted({stage for stage, _ in found})))}" if found else "; it is empty"
 
 
 def _mean(profile: tuple[float, ...], low: float, high: float) -> float:

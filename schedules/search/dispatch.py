@@ -46,7 +46,7 @@ def dispatch(problem: Problem, rules: Rules, cutoff: float = NEVER) -> tuple[flo
     backward_to, backward_link = problem.backward_to, problem.backward_link
     forward_delay, backward_delay = problem.forward_delay, problem.backward_delay
     hold, latency = problem.costs.link, problem.costs.latency
-    scale = problem.costs.pair_scale
+    scale = problem.pair_scale
     least = min(1.0, scale)
 
     total = range(len(rank_of))

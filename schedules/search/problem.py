@@ -9,12 +9,14 @@ the lower half of the ranks is kept, and what the two middle ranks send each oth
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipehc.schedules.actions import Action, Cell, Pair
 from pipehc.schedules.bounds import lower_bound, stages_of
 from pipehc.schedules.costs import Costs
+from pipehc.schedules.pair_time import pair_times, steps_of
 from pipehc.schedules.placement import Placement
 from pipehc.schedules.schedule import Schedule, lane_microbatches
 
@@ -43,6 +45,7 @@ class Problem:
     mirrored: bool
     ranks: int  # that are scheduled
     count: int  # micro-batches of a chunk
+    pair_scale: float  # factor on both halves of an overlapped pair
     stage: list[tuple[int, int]] = field(default_factory=list)  # lane, stage
     rank: list[int] = field(default_factory=list)
     time: tuple[list[list[float]], ...] = ([], [], [])  # [kind][chunk][micro-batch]
@@ -105,11 +108,11 @@ def pose(placement: Placement, microbatches: int, costs: Costs, max_live: float 
     if microbatches % lanes:
         return None
     count = microbatches // lanes
-    mirrored = (
-        placement.kind == "bidirectional" and ranks % 2 == 0 and factors[0] == factors[1] and sizes[:count] == sizes[count:]
-    )
+    mirrored = placement.kind == "bidirectional" and ranks % 2 == 0 and factors[0] == factors[1] and sizes[:count] == sizes[count:]
     bound = lower_bound(placement, microbatches, costs, max_live=max_live)
-    problem = Problem(placement, microbatches, costs, max_live, bound, mirrored, ranks // 2 if mirrored else ranks, count)
+    scheduled = ranks // 2 if mirrored else ranks
+    pair_scale = _pair_scale(placement, costs)
+    problem = Problem(placement, microbatches, costs, max_live, bound, mirrored, scheduled, count, pair_scale)
     problem.time, problem.tail = ([], [], []), ([], [])
     ends = stages_of(placement, microbatches, costs, False)
     edges: dict[tuple[int, int], int] = {}
@@ -126,7 +129,7 @@ def pose(placement: Placement, microbatches: int, costs: Costs, max_live: float 
             problem.stage.append((lane, s))
             problem.rank.append(at[s])
             for kind, name in enumerate("FIW"):
-                problem.time[kind].append([costs.time(name) * factors[lane][s] * size for size in own])
+                problem.time[kind].append([costs.time(name, s) * factors[lane][s] * size for size in own])
             least = ends[lane][s]
             for tails, rest, drain in zip(
                 problem.tail, (least.forward_tail, least.backward_tail), (least.forward_drain, least.backward_drain)
@@ -138,13 +141,29 @@ def pose(placement: Placement, microbatches: int, costs: Costs, max_live: float 
             problem.backward_link.append(edge(s, s - 1) if s else -1)
             for delays, kind, producer in ((problem.forward_delay, FORWARD, s - 1), (problem.backward_delay, INPUT, s + 1)):
                 local = not 0 <= producer <= last or at[producer] == at[s]
-                factor = factors[lane][s if local else producer] * min(own)
-                delays.append(-1.0 if local else costs.time("FI"[kind]) * factor + costs.link + costs.latency)
+                if local:
+                    delays.append(-1.0)
+                else:
+                    factor = factors[lane][producer] * min(own)
+                    delays.append(costs.time("FI"[kind], producer) * factor + costs.link + costs.latency)
     problem.links = len(edges)
     problem.chunks = [[c for c, rank in enumerate(problem.rank) if rank == r] for r in range(problem.ranks)]
-    scale = min(1.0, costs.pair_scale)
+    scale = min(1.0, problem.pair_scale)
     problem.work = [scale * sum(sum(times[c]) for times in problem.time for c in own) for own in problem.chunks]
     return problem if _set_limits(problem) else None
+
+
+def _pair_scale(placement: Placement, costs: Costs) -> float:
+    """With costs of nodes the mean over the pairs that ranks can have: what a pair takes by itself, against its halves alone."""
+    if not costs.nodes:
+        return costs.pair_scale
+    together, alone = 0.0, 0.0
+    for rank in range(placement.ranks):
+        stages = [stage for _, stage in placement.held(rank)]
+        for pair in itertools.product(stages, repeat=2):
+            together += pair_times(steps_of(costs, *pair), costs.one_worker).whole
+            alone += costs.time("F", pair[0]) + costs.time("B", pair[1])
+    return together / alone
 
 
 def _set_limits(problem: Problem) -> bool:

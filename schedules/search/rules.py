@@ -17,7 +17,7 @@ def plain(problem: Problem) -> Rules:
     chunks, unit = len(problem.rank), problem.unit
     keys = tuple([[start] * problem.count for _ in range(chunks)] for start in (unit, 0.0, 2 * unit))
     never_idle = ([NEVER] * chunks, [NEVER] * chunks, [NEVER] * chunks)
-    return Rules(keys, never_idle, problem.limit, 3 * unit, problem.costs.pair_scale < 1)
+    return Rules(keys, never_idle, problem.limit, 3 * unit, problem.pair_scale < 1)
 
 
 def priorities(problem: Problem, random: Random) -> Rules:
@@ -61,7 +61,7 @@ def imitate(problem: Problem, schedule: Schedule, spans: Sequence[Span]) -> list
             keys[WEIGHT][chunk][k] = (span.start + span.end) / 2
         else:
             keys["FIW".index(span.kind)][chunk][k] = span.start
-    pairs = problem.costs.pair_scale < 1
+    pairs = problem.pair_scale < 1
     return [
         Rules(keys, tuple([patience] * len(problem.rank) for patience in patiences), problem.limit, 0.0, pairs)
         for patiences in ((-NEVER, -NEVER, -NEVER), (-NEVER, 0.0, 0.0), (0.0, 0.0, 0.0), (NEVER, NEVER, NEVER))
@@ -104,7 +104,7 @@ def change(problem: Problem, rules: Rules, random: Random) -> Rules:
         elif what < 0.95:
             chunk = random.randrange(chunks)
             limit[chunk] = max(1, min(problem.limit[chunk], limit[chunk] + random.choice((-2, -1, 1, 2))))
-        elif what < 0.98 or problem.costs.pair_scale >= 1:
+        elif what < 0.98 or problem.pair_scale >= 1:
             pressure = random.choice((0.0, 1.0, 2.0, 4.0, 100.0)) * unit
         else:
             pairs = not pairs
@@ -127,5 +127,5 @@ def _rules(problem: Problem, random: Random, keys: tuple[list[list[float]], ...]
     backward = random.choice((0.0, unit, NEVER))
     weight = random.choice((-NEVER, 0.0, 0.0, 0.5 * unit, unit, NEVER))
     pressure = random.choice((0.0, 1.5, 3.0, 100.0)) * unit
-    pairs = problem.costs.pair_scale < 1 and random.random() < 0.8
+    pairs = problem.pair_scale < 1 and random.random() < 0.8
     return Rules(keys, ([forward] * chunks, [backward] * chunks, [weight] * chunks), limit, pressure, pairs)

@@ -10,6 +10,7 @@ from pipehc.comm.queues import make_queues
 from pipehc.model.overlap import Half, overlap
 from pipehc.model.stage import ModelStage
 from pipehc.schedules.execute import OverlapStage
+from pipehc.schedules.pair_order import pair_order
 
 QUEUES = make_queues(torch.device("cpu"))
 
@@ -43,8 +44,8 @@ def test_blocks_with_experts_are_figure_4():
         *("B 1.mlp.experts", "B 1.mlp.dispatch", "W"),
         *("F 0.mlp.experts", "F 0.mlp.combine"),
         *("B 1.mlp.route", "B 1.attention.post_pre", "B 1.attention.f"),
-        *("F 0.mlp.sum", "F 0.mlp.post_pre", "W"),
-        *("B 0.mlp.post_pre", "B 0.mlp.sum", "B 0.mlp.combine"),
+        *("B 0.mlp.post_pre", "B 0.mlp.sum", "B 0.mlp.combine", "W"),
+        *("F 0.mlp.sum", "F 0.mlp.post_pre"),
         *("F 1.attention.f", "F 1.attention.post_pre", "F 1.mlp.route", "F 1.mlp.dispatch"),
         *("B 0.mlp.experts", "B 0.mlp.dispatch", "W"),
         *("F 1.mlp.experts", "F 1.mlp.combine"),
@@ -99,3 +100,19 @@ def test_a_pair_computes_what_its_halves_do_one_after_the_other(ahead, back, rec
 
 def _no_batch(microbatch):
     raise AssertionError("a middle stage has no batch")
+
+
+@pytest.mark.parametrize(("ahead", "back"), [(1, 1), (2, 2), (3, 1), (1, 3)])
+def test_what_runs_is_what_the_simulator_takes_for_it(ahead, back):
+    """Both walk `pair_order`: node by node the pieces of the chains, here with one dense block each."""
+    chains = [Toy(blocks).chain() for blocks in (ahead, back)]
+    pieces = [{node.name: [p.name for p in c.pieces[node.start : node.stop]] for node in c.nodes} for c in chains]
+    expected = []
+    for turn in pair_order(*(list(found) for found in pieces)):
+        if isinstance(turn, str):
+            expected.append(turn)
+        elif turn[0] == "W":
+            expected.append("W")
+        else:
+            expected += [f"{turn[0]} {name}" for name in (pieces[0][turn[1]] if turn[0] == "F" else pieces[1][turn[1]][::-1])]
+    assert order(ahead, back) == expected
