@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipehc.schedules.actions import Action, Pair, flatten
-from pipehc.schedules.buffers import add_events, assign_slots
+from pipehc.schedules.buffers import Reuse, ReuseByDependence, ReuseByTime, add_events, assign_slots
 from pipehc.schedules.check import check
+from pipehc.schedules.dependence import Dependence
 from pipehc.schedules.issued import check_one_queue
 from pipehc.schedules.order import incoming, outgoing
-from pipehc.schedules.posting import Placed, add_posts
-from pipehc.schedules.program import ComputeQueue, Instruction, Message, Post, Program, Run, Send, Wait
+from pipehc.schedules.posting import add_posts
+from pipehc.schedules.program import ComputeQueue, Instruction, Placed, Program, ProgramError, Run, Send, Wait
 from pipehc.schedules.reductions import reductions
 from pipehc.schedules.schedule import Schedule
 from pipehc.schedules.verify import verify
@@ -40,24 +41,24 @@ def compile(
         raise ValueError(f"ahead = {ahead}: must be at least 1")
     earliest = check(schedule).earliest
     lowered = [_lower_row(schedule, rank, split_backward, recompute, high) for rank in range(schedule.ranks)]
-    posted: dict[Message, int] = {}  # the slot of time in which its receive is posted, see Facts.earliest
-    rows = []
-    for rank, row in enumerate(add_posts(lowered, earliest, ahead, one_queue)):
-        for cell, instruction in row:
-            if isinstance(instruction, Post):
-                posted[instruction.message] = earliest[rank][cell - 1] + 1 if cell else 0
-        rows.append(row)
-    program = Program(
-        schedule,
-        tuple(
-            add_events(schedule, assign_slots(schedule, [(earliest[rank][cell], i) for cell, i in row], posted, ahead + 1))
-            for rank, row in enumerate(rows)
-        ),
-    )
-    verify(program)
+    dependence = Dependence(lowered, earliest)
+    placed = add_posts(lowered, dependence, ahead, one_queue)
     if one_queue:
+        program = _with_buffers(schedule, placed, Reuse(), ahead + 1)
         check_one_queue(program)
+    else:
+        try:
+            program = _with_buffers(schedule, placed, ReuseByTime(placed, earliest), ahead + 1)
+        except ProgramError:  # few schedules need more buffers than time suggests
+            program = _with_buffers(schedule, placed, ReuseByDependence(placed, dependence), ahead + 1)
     return replace(program, reductions=reductions(program, one_queue))
+
+
+def _with_buffers(schedule: Schedule, rows: list[list[Placed]], reuse: Reuse, spare: int) -> Program:
+    slots = assign_slots(schedule, rows, reuse, spare)
+    program = Program(schedule, tuple(add_events(schedule, row) for row in slots))
+    verify(program)
+    return program
 
 
 def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: bool, high: bool) -> list[Placed]:

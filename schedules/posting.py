@@ -19,33 +19,25 @@ What comes out has been run to its end in that model, which no timing and no sha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
-from typing import NamedTuple
 
-from pipehc.schedules.program import Edge, Instruction, Message, Post, Send, Wait
-
-
-class Placed(NamedTuple):
-    cell: int  # the index in the schedule's row that the instruction belongs to
-    instruction: Instruction
+from pipehc.schedules.dependence import Dependence
+from pipehc.schedules.program import Edge, Message, Placed, Post, Send, Wait
 
 
 def add_posts(
-    rows: Sequence[Sequence[Placed]], earliest: Sequence[Sequence[int]], ahead: int, one_queue: bool
+    rows: Sequence[Sequence[Placed]], dependence: Dependence, ahead: int, one_queue: bool
 ) -> list[list[Placed]]:
     """The rows of all ranks, each in order, with a post for every message. Posts stand in front of a cell or, with one queue,
     behind a send inside one.
 
-    earliest: the slot of time of every cell, see Facts. ahead: receives of an edge posted beyond those that the current cell waits
-    for, at most.
+    ahead: receives of an edge posted beyond those that the current cell waits for, at most.
     """
     sent: dict[Edge, list[Message]] = {}
     for row in rows:
         for _, instruction in row:
             if isinstance(instruction, Send):
                 sent.setdefault((instruction.message.source, instruction.message.target), []).append(instruction.message)
-    needed = _needed(rows, earliest)
-    ranks = [_Rank(rank, row, sent, needed, ahead) for rank, row in enumerate(rows)]
+    ranks = [_Rank(rank, row, sent, dependence, ahead) for rank, row in enumerate(rows)]
     if not one_queue:
         return [rank.with_posts() for rank in ranks]
     runnable = list(range(len(ranks)))
@@ -63,30 +55,6 @@ def add_posts(
         if not all(rank.done for rank in ranks):
             runnable.append(_let_one_go_on(ranks))
     return [rank.result for rank in ranks]
-
-
-def _needed(rows: Sequence[Sequence[Placed]], earliest: Sequence[Sequence[int]]) -> dict[Message, int]:
-    """The last cell of its receiver that every message depends on, or -1."""
-    cells = [
-        (earliest[rank][cell], rank, [instruction for _, instruction in placed])
-        for rank, row in enumerate(rows)
-        for cell, placed in groupby(row, key=lambda placed: placed.cell)
-    ]
-    known = [[-1] * len(rows) for _ in rows]  # rank -> the last cell of every rank that what it does now depends on
-    carried: dict[Message, list[int]] = {}
-    needed: dict[Message, int] = {}
-    count = [0] * len(rows)
-    for _, rank, instructions in sorted(cells, key=lambda entry: entry[0]):
-        for instruction in instructions:
-            if isinstance(instruction, Wait):
-                known[rank] = list(map(max, known[rank], carried.pop(instruction.message)))
-        known[rank][rank] = count[rank]
-        count[rank] += 1
-        for instruction in instructions:
-            if isinstance(instruction, Send):
-                carried[instruction.message] = known[rank].copy()
-                needed[instruction.message] = known[rank][instruction.message.target]
-    return needed
 
 
 def _let_one_go_on(ranks: Sequence[_Rank]) -> int:
@@ -112,7 +80,7 @@ class _Rank:
     """One rank on its way through its row. `at`: the post or send that it waits in."""
 
     def __init__(
-        self, number: int, row: Sequence[Placed], sent: dict[Edge, list[Message]], needed: dict[Message, int], ahead: int
+        self, number: int, row: Sequence[Placed], sent: dict[Edge, list[Message]], dependence: Dependence, ahead: int
     ) -> None:
         self.number, self._row = number, row
         self.result: list[Placed] = []
@@ -132,7 +100,7 @@ class _Rank:
                 latest[k] = min(latest[k], latest[k + 1])
             self._latest |= zip(messages, latest)
             for k, message in enumerate(messages):
-                cell = self._place[message] = max(latest[k - ahead] if k >= ahead else 0, needed[message] + 1)
+                cell = self._place[message] = max(latest[k - ahead] if k >= ahead else 0, dependence.of(message, number) + 1)
                 self._due.setdefault(cell, []).append(message)
 
     def with_posts(self) -> list[Placed]:

@@ -80,6 +80,13 @@ class Run(NamedTuple):
 Instruction = Post | Wait | Send | Run
 
 
+class Placed(NamedTuple):
+    """An instruction, and the cell of its schedule's row that it belongs to."""
+
+    cell: int
+    instruction: Instruction
+
+
 @dataclass(frozen=True)
 class Program:
     """`instructions[rank]` is what the rank does in one step; `schedule` is where it came from.
