@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipehc.comm.environment import few_queues
 from pipehc.comm.groups import edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem
 from pipehc.comm.messages import Mailbox
@@ -58,7 +60,8 @@ class Trainer:
         parallel, train = config.parallel, config.train
         dp = dist.get_world_size() // (parallel.pp * parallel.tp)
         schedule = _same_everywhere(config, parallel.pp, config.microbatches(dp))
-        self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True)
+        self._few_queues = few_queues(os.environ, torch.cuda.is_available())
+        self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True, one_queue=self._few_queues)
         placement = self.train_program.schedule.placement
         edges, replicas = self.train_program.edges(), dp * parallel.tp
         pipelines = [[position * replicas + i for position in range(parallel.pp)] for i in range(replicas)]
@@ -142,7 +145,8 @@ class Trainer:
     @cached_property
     def _evaluation_program(self) -> Program:
         microbatches = self.config.evaluation_microbatches(self.groups.dp_size)
-        return compile(build_schedule(self.config, self.config.parallel.pp, microbatches, forward=True), high=True)
+        schedule = build_schedule(self.config, self.config.parallel.pp, microbatches, forward=True)
+        return compile(schedule, high=True, one_queue=self._few_queues)
 
     def check_replicas(self) -> None:
         """Raises TrainingError, on every rank, unless all ranks that hold a weight hold the same bits of it. Collective."""

@@ -5,49 +5,94 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from pipehc.schedules.dependence import Dependence
 from pipehc.schedules.order import Clock, Order, incoming, join
-from pipehc.schedules.program import Edge, Instruction, Message, Post, Run, Send
+from pipehc.schedules.program import Edge, Instruction, Message, Placed, Post, Run, Send
 from pipehc.schedules.schedule import Schedule
 
 
 def assign_slots(
-    schedule: Schedule, row: Sequence[tuple[int, Instruction]], posted: dict[Message, int], spare: int
-) -> list[Instruction]:
-    """Gives every message of a rank a slot; slots of an edge are used in turn.
-
-    row: (slot of time, instruction), see Facts.earliest. posted: when the peers post the receives of what this rank sends.
+    schedule: Schedule, rows: Sequence[Sequence[Placed]], reuse: Reuse, spare: int
+) -> list[list[Instruction]]:
+    """Gives every message of every rank a slot; slots of an edge are used in turn.
 
     A receive buffer is free after the weight gradient that reads it (the forward, if there is no backward). A send buffer is free
-    when the peer has the data, and nobody may wait for that unless the peer surely posts the receive: it is used again if the
-    receive is posted in an earlier slot of time, for then every wait points backwards in time and no circle can close. `spare`
-    sends of an edge stay in flight in any case.
+    when the peer has the data; `spare` sends of an edge stay in flight in any case.
+
+    Whoever uses a buffer again waits for that. reuse: where that is safe.
     """
+    return [_slots_of(schedule, rank, row, reuse, spare) for rank, row in enumerate(rows)]
+
+
+class Reuse:
+    """Which buffers may be used again: all that are free where every message has gone through before its rank goes on."""
+
+    def received(self, rank: int, freed: int, message: Message) -> bool:
+        """Whether the receive of `message` may wait for the cell `freed` of its rank."""
+        return True
+
+    def sent(self, rank: int, cell: int, message: Message) -> bool:
+        """Whether `cell` of `rank` may wait until the peer has `message`."""
+        return True
+
+
+class ReuseByTime(Reuse):
+    """A send buffer if its message is posted in an earlier slot of time: waits that point backwards in time close no circle."""
+
+    def __init__(self, rows: Sequence[Sequence[Placed]], earliest: Sequence[Sequence[int]]) -> None:
+        self._earliest = earliest
+        self._posted = {i.message: earliest[rank][cell] for rank, row in enumerate(rows) for cell, i in row if isinstance(i, Post)}
+        self._sent = {i.message: earliest[rank][cell] for rank, row in enumerate(rows) for cell, i in row if isinstance(i, Send)}
+
+    def sent(self, rank: int, cell: int, message: Message) -> bool:
+        return max(self._posted[message], self._sent[message]) < self._earliest[rank][cell]
+
+
+class ReuseByDependence(Reuse):
+    """Where nobody comes to depend on more than before: a receive buffer if what frees it depends on nothing that the sender issues
+    after the message, a send buffer if its next user depends on the peer's post anyway."""
+
+    def __init__(self, rows: Sequence[Sequence[Placed]], dependence: Dependence) -> None:
+        self._dependence = dependence
+        self._posted = {i.message: cell for row in rows for cell, i in row if isinstance(i, Post)}
+
+    def received(self, rank: int, freed: int, message: Message) -> bool:
+        return self._dependence.last[rank][freed][message.source] <= self._dependence.made[message]
+
+    def sent(self, rank: int, cell: int, message: Message) -> bool:
+        return self._dependence.last[rank][cell][message.target] >= self._posted[message]
+
+
+def _slots_of(
+    schedule: Schedule, rank: int, row: Sequence[Placed], reuse: Reuse, spare: int
+) -> list[Instruction]:
     last_use = "F" if schedule.forward_only else "W"
-    free: dict[Edge, deque[int]] = {}
+    free: dict[Edge, deque[tuple[int, int]]] = {}  # slot, the cell that freed it
     receiving: dict[Message, int] = {}
     size: dict[Edge, int] = {}
-    flying: dict[Edge, deque[tuple[int, int]]] = {}  # (slot, when it is surely sent and posted)
+    flying: dict[Edge, deque[tuple[int, Message]]] = {}
     result: list[Instruction] = []
-    for time, instruction in row:
+    for cell, instruction in row:
         if isinstance(instruction, Post):
             message = instruction.message
             edge = message.source, message.target
-            slot = free[edge].popleft() if free.get(edge) else _new(size, edge)
+            again = bool(free.get(edge)) and reuse.received(rank, free[edge][0][1], message)
+            slot = free[edge].popleft()[0] if again else _new(size, edge)
             receiving[message] = slot
             instruction = instruction._replace(slot=slot)
         elif isinstance(instruction, Send):
             message = instruction.message
             edge = message.source, message.target
             queue = flying.setdefault(edge, deque())
-            reuse = len(queue) >= spare and queue[0][1] < time
-            slot = queue.popleft()[0] if reuse else _new(size, edge)
-            queue.append((slot, max(time, posted[message])))
+            again = len(queue) >= spare and reuse.sent(rank, cell, queue[0][1])
+            slot = queue.popleft()[0] if again else _new(size, edge)
+            queue.append((slot, message))
             instruction = instruction._replace(slot=slot)
         elif isinstance(instruction, Run) and instruction.action.kind in ("B", last_use):
             for kind in ("F", "I"):
                 read = incoming(schedule, instruction.action._replace(kind=kind))  # type: ignore[arg-type]
                 if read in receiving:
-                    free.setdefault((read.source, read.target), deque()).append(receiving.pop(read))
+                    free.setdefault((read.source, read.target), deque()).append((receiving.pop(read), cell))
         result.append(instruction)
     return result
 

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
 
 from pipehc.schedules.actions import Action, Pair, flatten
-from pipehc.schedules.buffers import add_events, assign_slots
+from pipehc.schedules.buffers import Reuse, ReuseByDependence, ReuseByTime, add_events, assign_slots
 from pipehc.schedules.check import check
+from pipehc.schedules.dependence import Dependence
+from pipehc.schedules.issued import check_one_queue
 from pipehc.schedules.order import incoming, outgoing
-from pipehc.schedules.program import ComputeQueue, Edge, Instruction, Message, Post, Program, Run, Send, Wait
+from pipehc.schedules.posting import add_posts
+from pipehc.schedules.program import ComputeQueue, Instruction, Placed, Program, ProgramError, Run, Send, Wait
+from pipehc.schedules.reductions import reductions
 from pipehc.schedules.schedule import Schedule
 from pipehc.schedules.verify import verify
 
 
 def compile(
-    schedule: Schedule, *, ahead: int = 4, split_backward: bool = True, recompute: bool = False, high: bool = False
+    schedule: Schedule,
+    *,
+    ahead: int = 4,
+    split_backward: bool = True,
+    recompute: bool = False,
+    high: bool = False,
+    one_queue: bool = False,
 ) -> Program:
     """The program of `schedule`, checked before and verified after.
 
     ahead: receives posted on a directed edge beyond those that the current cell waits for; it bounds the receive buffers.
     split_backward: a full backward whose input gradient goes to another rank becomes I, send, W: the neighbour starts earlier.
     recompute: an R before the wait for the gradient that needs it, for every backward that has none in the schedule.
+    one_queue: safe also where a rank has fewer hardware queues than streams (CUDA_DEVICE_MAX_CONNECTIONS), at the price of receives
+        that are posted later.
     high: the last piece of a forward and the first of a backward run on the high-priority queue (mHC's post-residual of the MLP),
         except on the last stage, where the loss comes in between.
     Raises ScheduleError if the schedule cannot run, ValueError if `ahead` is not positive.
@@ -29,44 +41,35 @@ def compile(
         raise ValueError(f"ahead = {ahead}: must be at least 1")
     earliest = check(schedule).earliest
     lowered = [_lower_row(schedule, rank, split_backward, recompute, high) for rank in range(schedule.ranks)]
-    sent: dict[Edge, list[Message]] = {}
-    for row in lowered:
-        for _, instruction in row:
-            if isinstance(instruction, Send):
-                sent.setdefault((instruction.message.source, instruction.message.target), []).append(instruction.message)
-    posted: dict[Message, int] = {}  # the slot of time in which its receive is posted, see Facts.earliest
-    rows = []
-    for rank, row in enumerate(lowered):
-        row = _add_posts(rank, row, sent, ahead)
-        for cell, instruction in row:
-            if isinstance(instruction, Post):
-                posted[instruction.message] = earliest[rank][cell - 1] + 1 if cell else 0
-        rows.append(row)
-    program = Program(
-        schedule,
-        tuple(
-            add_events(schedule, assign_slots(schedule, [(earliest[rank][cell], i) for cell, i in row], posted, ahead + 1))
-            for rank, row in enumerate(rows)
-        ),
-    )
+    dependence = Dependence(lowered, earliest)
+    placed = add_posts(lowered, dependence, ahead, one_queue)
+    if one_queue:
+        program = _with_buffers(schedule, placed, Reuse(), ahead + 1)
+        check_one_queue(program)
+    else:
+        try:
+            program = _with_buffers(schedule, placed, ReuseByTime(placed, earliest), ahead + 1)
+        except ProgramError:  # few schedules need more buffers than time suggests
+            program = _with_buffers(schedule, placed, ReuseByDependence(placed, dependence), ahead + 1)
+    return replace(program, reductions=reductions(program, one_queue))
+
+
+def _with_buffers(schedule: Schedule, rows: list[list[Placed]], reuse: Reuse, spare: int) -> Program:
+    slots = assign_slots(schedule, rows, reuse, spare)
+    program = Program(schedule, tuple(add_events(schedule, row) for row in slots))
     verify(program)
     return program
 
 
-class _Placed(NamedTuple):
-    cell: int  # the index in the schedule's row that the instruction belongs to
-    instruction: Instruction
-
-
-def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: bool, high: bool) -> list[_Placed]:
+def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: bool, high: bool) -> list[Placed]:
     """Waits, runs and sends of one rank. The forward half of a pair sends before its backward half waits."""
-    row: list[_Placed] = []
+    row: list[Placed] = []
     recomputed = {action for action in flatten(schedule.rows[rank]) if action.kind == "R"}
     last = schedule.placement.stages - 1
 
     def lower(cell: int, action: Action, pair: int | None) -> None:
         def add(instruction: Instruction) -> None:
-            row.append(_Placed(cell, instruction))
+            row.append(Placed(cell, instruction))
 
         backward = action.kind in "BI"
         # On the last stage the loss comes between the last FFN's forward and its backward.
@@ -94,25 +97,3 @@ def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: b
             lower(index, cell, None)
     return row
 
-
-def _add_posts(rank: int, row: list[_Placed], sent: dict[Edge, list[Message]], ahead: int) -> list[_Placed]:
-    """Inserts the posts: on each edge in the order of the peer's sends, `ahead` receives before they must be posted.
-
-    A receive must be posted before its own wait and, since an edge is a FIFO, before the wait for anything sent after it. Posts go
-    before a whole cell, so that a pair may take in the inputs of both of its halves before it starts.
-    """
-    waits = {i.message: cell for cell, i in row if isinstance(i, Wait)}
-    posts: dict[int, list[Instruction]] = {}
-    for (_, target), messages in sorted(sent.items()):
-        if target != rank:
-            continue
-        latest = [waits[message] for message in messages]
-        for k in range(len(latest) - 2, -1, -1):
-            latest[k] = min(latest[k], latest[k + 1])
-        for k, message in enumerate(messages):
-            posts.setdefault(latest[k - ahead] if k >= ahead else 0, []).append(Post(message))
-    result: list[_Placed] = []
-    for placed in row:
-        result += [_Placed(placed.cell, post) for post in posts.pop(placed.cell, ())]
-        result.append(placed)
-    return result

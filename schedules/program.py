@@ -20,6 +20,8 @@ from pipehc.schedules.schedule import Schedule
 
 ComputeQueue = Literal["compute", "high"]
 Edge = tuple[int, int]  # source rank, target rank
+Held = tuple[int, int]  # lane, stage
+Reduction = tuple[Held, int]
 
 
 class Message(NamedTuple):
@@ -78,12 +80,24 @@ class Run(NamedTuple):
 Instruction = Post | Wait | Send | Run
 
 
+class Placed(NamedTuple):
+    """An instruction, and the cell of its schedule's row that it belongs to."""
+
+    cell: int
+    instruction: Instruction
+
+
 @dataclass(frozen=True)
 class Program:
-    """`instructions[rank]` is what the rank does in one step; `schedule` is where it came from."""
+    """`instructions[rank]` is what the rank does in one step; `schedule` is where it came from.
+
+    reductions[rank]: what the rank sums over replicas, in order, and how many instructions it must have issued before (see
+    `reductions`); nothing in a program of forwards.
+    """
 
     schedule: Schedule
     instructions: tuple[tuple[Instruction, ...], ...]
+    reductions: tuple[tuple[Reduction, ...], ...] = ()
 
     def edges(self) -> list[Edge]:
         """Directed (source, target) rank pairs that carry messages, sorted: the same list on every rank."""
@@ -107,8 +121,12 @@ class Program:
         return slots
 
 
+class ProgramError(ValueError):
+    """A compiled program that could hang or use data that is not there."""
+
+
 def inputs_first(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """A row as it is run where pairs are interleaved: posts, then R, then waits of both halves come before the pair.
+    """A row as it is run where pairs are interleaved: R, then the waits of both halves come before the pair.
 
     The verifier proves that this ends.
     """
@@ -126,8 +144,6 @@ def inputs_first(instructions: Sequence[Instruction]) -> list[Instruction]:
 
 
 def _place_in_pair(instruction: Instruction) -> int:
-    if isinstance(instruction, Post):
-        return 0
     if isinstance(instruction, Wait):
         return 2
     return 1 if isinstance(instruction, Run) and instruction.action.kind == "R" else 3

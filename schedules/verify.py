@@ -6,6 +6,8 @@ Let every instruction block its whole rank until what it waits for is there: a w
 of a send until the peer has posted the receive (gloo and large messages on NCCL complete a send no sooner), a pair until both of
 its halves' messages are there. If even then every rank gets to its end, it does so at any speed of any rank, link or queue.
 
+On a device nothing waits for a host: all work issued so far ends without its host doing more, see `issued`.
+
 It finds the right data. Two uses of a tensor, one of them a write, must be ordered by queues, waits and events; and what a piece of
 work reads from a buffer must be the message that it means.
 """
@@ -16,13 +18,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipehc.schedules.actions import flatten
+from pipehc.schedules.issued import check_issued
 from pipehc.schedules.order import Clock, Order, incoming, outgoing
-from pipehc.schedules.program import Edge, Instruction, Message, Post, Program, Run, Send, Wait
+from pipehc.schedules.program import Edge, Instruction, Message, Post, Program, ProgramError, Run, Send, Wait
 from pipehc.schedules.schedule import Schedule
-
-
-class ProgramError(ValueError):
-    """A compiled program that could hang or use data that is not there."""
 
 
 def verify(program: Program) -> int:
@@ -37,6 +36,7 @@ def verify(program: Program) -> int:
         outstanding = max(outstanding, _check_messages(program.schedule, rank, row))
         _check_order(program.schedule, rank, row)
     _check_progress(program)
+    check_issued(program)
     return outstanding
 
 
@@ -203,7 +203,7 @@ def _hoist(row: Sequence[Instruction]) -> list[Instruction]:
         if isinstance(instruction, Run) and instruction.pair is not None and instruction.pair not in start:
             current = instruction.pair
             start[current] = len(result)
-        if current is not None and k < last[current] and isinstance(instruction, (Wait, Post)):
+        if current is not None and k < last[current] and isinstance(instruction, Wait):
             result.insert(start[current], instruction)
             start[current] += 1
         else:

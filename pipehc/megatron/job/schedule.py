@@ -19,7 +19,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from pipehc.comm.environment import overlap_warnings
+from pipehc.comm.environment import few_queues, overlap_warnings
 from pipehc.comm.groups import Edge, edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
@@ -281,7 +281,8 @@ class ForwardBackward:
         key = microbatches, forward_only
         if key not in self._programs:
             schedule = self.source.build(ranks, microbatches, forward_only)
-            program = compile(schedule, recompute=self._recompute and not forward_only, high=True)
+            few = few_queues(os.environ, self._device.type == "cuda")
+            program = compile(schedule, recompute=self._recompute and not forward_only, high=True, one_queue=few)
             self._connect(schedule.placement, {"schedule": digest(program.instructions)})
             self._programs[key] = program
         return self._programs[key]
