@@ -20,10 +20,10 @@ from pipehc.kernels.language import noting
 from pipehc.megatron import meta
 from pipehc.megatron.trainer.model import StageModel
 from pipehc.model.stage import ModelStage
+from pipehc.planning.activations import Activations
 from pipehc.planning.dry_run.operations import Operation
 from pipehc.planning.dry_run.peaks import Peak, peak
 from pipehc.planning.dry_run.tracker import Tracker, Where
-from pipehc.recompute import SavedBytes
 from pipehc.schedules import Schedule
 from pipehc.schedules.program import Instruction, Run
 from pipehc.trainer import Trainer
@@ -44,7 +44,7 @@ class RankRun:
     peaks: dict[str, Peak]
     persistent: dict[str, int]
     launches: dict[Where, Counter[Operation]]
-    saved: dict[int, Any]
+    saved: dict[int, Activations]
 
 
 class _Observer:
@@ -88,12 +88,16 @@ class DryTrainer(Trainer):
         super().__init__(config, schedule)
         self.queues = dict.fromkeys(("compute", "high", "communication"), IssueQueue())
         self.observers.append(_Observer(tracker))
+        if self._gain is not None:  # its small product of all maps is made on the host
+            finish = self._gain.finish
+            self._gain.finish = lambda: self._on_host(finish)  # type: ignore[method-assign]
         self._mark_persistent()
         self.pipeline_peak = tracker.turn(Where("step"))
 
     def initialise(self, model: StageModel) -> None:
         if self._tracker.device.type != "meta":
-            super().initialise(model)
+            with self._tracker.off():
+                super().initialise(model)
 
     def microbatch(self, split: Any, sampler: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (self.config.train.micro_batch, self.config.train.sequence_length)
@@ -104,10 +108,9 @@ class DryTrainer(Trainer):
         self.pipeline_peak = self._tracker.turn(Where("optimizer"))
         return 0.0
 
-    def saved(self) -> dict[int, SavedBytes]:
-        """By stage, what the first step counted."""
-        assert self._saved is not None
-        return self._saved
+    def _on_host(self, work: Callable[[], float]) -> float:
+        with self._tracker.entered(Where("host")):
+            return work()
 
     def _mark_persistent(self) -> None:
         mark = self._tracker.mark
@@ -123,14 +126,17 @@ class DryTrainer(Trainer):
 
 
 def run_rank(
-    config: Config, rank: int, schedule: Schedule | None = None, device: str = "meta", imbalance: float = 1.0
+    config: Config, rank: int, schedule: Schedule | None = None, imbalance: float = 1.0, device: str = "meta", host: bool = False
 ) -> RankRun:
-    """One step of pipeline rank `rank` (its first data-parallel replica). Once a process: it becomes that rank for good."""
+    """One step of pipeline rank `rank` (its first data-parallel replica). Once a process: it becomes that rank for good.
+
+    device, host: see `Tracker`; for comparisons with real tensors.
+    """
     parallel = config.parallel
     dp = parallel.dp or config.smallest_dp
     world = parallel.pp * parallel.tp * dp
     check_world_size(config, world)
-    tracker = Tracker(torch.device(device))
+    tracker = Tracker(torch.device(device), host)
     meta.install(rank * dp * parallel.tp, world, tracker.device, imbalance)
     gc.collect()
     gc.freeze()
@@ -150,5 +156,5 @@ def run_rank(
         peaks={name: peak(tracker.history, moment) for name, moment in moments.items()},
         persistent=dict(persistent),
         launches=dict(tracker.launches),
-        saved=trainer.saved(),
+        saved=trainer.own_saved_activations(),
     )

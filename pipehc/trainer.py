@@ -125,11 +125,14 @@ class Trainer:
 
     def saved_activations(self) -> dict[int, Activations]:
         """By stage, the bytes that its first micro-batch of this process' first step kept. Collective; after a step."""
-        assert self._saved is not None, "no step yet"
-        own = {s: Activations(c.inputs, c.outputs, c.by_f, c.by_rebuilt, c.transient) for s, c in self._saved.items()}
         everyone: list[dict[int, Activations]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, own)
+        dist.all_gather_object(everyone, self.own_saved_activations())
         return {stage: saved for found in everyone for stage, saved in sorted(found.items())}
+
+    def own_saved_activations(self) -> dict[int, Activations]:
+        """Of this rank's stages alone."""
+        assert self._saved is not None, "no step yet"
+        return {s: Activations(c.inputs, c.outputs, c.by_f, c.by_rebuilt, c.transient) for s, c in self._saved.items()}
 
     def _count(self, stage: int) -> SavedBytes:
         """For the first step alone."""

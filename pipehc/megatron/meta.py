@@ -100,7 +100,7 @@ def _patch_device(device: torch.device) -> None:
 
     setattr(current_device, cpu._MARK, True)  # or `build_groups` would install the other patches once more
     torch.cuda.current_device = current_device  # type: ignore[assignment]
-    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+    for name in ("zeros", "ones", "empty", "full", "arange"):
         setattr(torch, name, _on(device, getattr(torch, name)))
     _patch_tensor(device)
 
@@ -116,7 +116,8 @@ def _on(device: torch.device, factory: Callable[..., torch.Tensor]) -> Callable[
 
 
 def _patch_tensor(device: torch.device) -> None:
-    """The gradient norm is a tensor of the norms of all parameters, which has to read each."""
+    """`torch.tensor` makes tensors that nobody is told of, and has to read its data: the gradient norm is that of the norms of all
+    parameters."""
     original = torch.tensor
 
     @functools.wraps(original)
@@ -124,6 +125,9 @@ def _patch_tensor(device: torch.device) -> None:
         if isinstance(data, list) and any(isinstance(v, torch.Tensor) and v.is_meta for v in tree_iter(data)):
             shape = (len(data), len(data[0])) if isinstance(data[0], list) else (len(data),)
             return torch.empty(shape, device=device)
+        if str(kwargs.get("device", "cpu")).startswith(("cuda", "meta")):
+            like = original(data, *args, **kwargs | {"device": "cpu"})
+            return torch.empty(like.shape, dtype=like.dtype, device=device)
         return original(data, *args, **kwargs)
 
     torch.tensor = tensor

@@ -50,12 +50,14 @@ class Tracker(TorchDispatchMode):
     """A context. `entered` says where the work belongs that runs in it.
 
     device: meta, whose tensors have no data; or cpu, for the same program on real ones. What the host reads from the device is 1, or
-    0 or false, so that both take the same way. Storages that only a reference cycle holds count as alive: collect garbage before.
+    0 or false, so that both take the same way. host: whether tensors of the host count, too, as they must where the device is cpu.
+    Storages that only a reference cycle holds count as alive.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, host: bool = False) -> None:
         super().__init__()
         self.device = device
+        self._counted = {device.type, "cpu"} if host else {device.type}
         self.history: list[Block] = []
         self.launches: dict[Where, Counter[Operation]] = defaultdict(Counter)
         self.peak = Moment(0, 0)
@@ -89,7 +91,7 @@ class Tracker(TorchDispatchMode):
     def mark(self, tensors: Any, category: str) -> None:
         """Gives storages a category, whatever they were before."""
         for tensor in tree_iter(tensors):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device.type:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type in self._counted:
                 self._see(tensor, category)
                 self._blocks[tensor.untyped_storage()._cdata].category = category
 
@@ -98,10 +100,14 @@ class Tracker(TorchDispatchMode):
         for block in self._blocks.values():
             block.category = block.category or category
 
+    def off(self) -> AbstractContextManager[object]:
+        """Inside, nothing is counted."""
+        return _disable_current_modes()
+
     def note_kernel(self, name: str, args: Sequence[Any]) -> AbstractContextManager[object]:
         """For `pipehc.kernels.language.noting`: a kernel that runs on real tensors is one launch, whatever it does inside."""
         self.launches[self._where[-1]][kernel(name, args)] += 1
-        return _disable_current_modes()
+        return self.off()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -112,6 +118,8 @@ class Tracker(TorchDispatchMode):
             if func is aten.lift_fresh.default:  # what `torch.tensor` made
                 self._see(out, "tensor")
             return out
+        if func is aten.scalar_tensor.default:  # a number that CUDA makes on the host, for an assignment to elements
+            return func(*args, **kwargs)
         if self._meta and func is aten._to_copy.default and args[0].is_meta and _leaves_meta(kwargs):
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if func.namespace == "c10d":
@@ -147,7 +155,7 @@ class Tracker(TorchDispatchMode):
         found = operation(func, args, kwargs, out)
         assert found is not None
         tensors = [t for t in tree_iter(args) if isinstance(t, torch.Tensor)]
-        if not any(t.device.type == self.device.type for t in tensors):
+        if not any(t.device.type in self._counted for t in tensors):
             return out
         self.launches[self._where[-1]][found] += 1
         if func._overloadpacket.__name__ in ("send", "recv_"):
@@ -156,7 +164,7 @@ class Tracker(TorchDispatchMode):
 
     def _learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> _Known:
         tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
-        here = any(t.device.type == self.device.type for t in tensors) or not tensors
+        here = any(t.device.type in self._counted for t in tensors) or not tensors
         results = None
         inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         if self._meta and tensors and all(t.is_meta for t in tensors) and isinstance(out, torch.Tensor | tuple):
@@ -169,7 +177,7 @@ class Tracker(TorchDispatchMode):
         return _Known(str(func._overloadpacket), here, operation(func, args, kwargs, out), results, isinstance(out, tuple))
 
     def _see(self, tensor: torch.Tensor, name: str) -> None:
-        if tensor.device.type != self.device.type:
+        if tensor.device.type not in self._counted:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
