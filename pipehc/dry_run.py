@@ -3,48 +3,35 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a dry run is that of a GPU, whether there is one or not
 
 import torch
 
 from pipehc.comm.queues import IssueQueue
-from pipehc.config.loading import check_world_size
+from pipehc.config.loading import ConfigError, check_world_size
 from pipehc.config.schema import Config
+from pipehc.config.stages import build_schedule
 from pipehc.kernels.language import noting
 from pipehc.megatron import meta
 from pipehc.megatron.trainer.model import StageModel
 from pipehc.model.stage import ModelStage
-from pipehc.planning.activations import Activations
-from pipehc.planning.dry_run.operations import Operation
-from pipehc.planning.dry_run.peaks import Peak, peak
+from pipehc.planning.dry_run.hardware import Hardware
+from pipehc.planning.dry_run.peaks import peak
+from pipehc.planning.dry_run.rank_run import RankRun
+from pipehc.planning.dry_run.shortened import distinct_ranks, shortened
+from pipehc.planning.dry_run.summary import DryRun, assemble
 from pipehc.planning.dry_run.tracker import Tracker, Where
-from pipehc.schedules import Schedule
+from pipehc.schedules import Schedule, compile
 from pipehc.schedules.program import Instruction, Run
 from pipehc.trainer import Trainer
 from pipehc.watch.trace import Node
-
-
-@dataclass(frozen=True)
-class RankRun:
-    """What one step did on one pipeline rank.
-
-    peaks: the fullest moment of the pipeline and of the optimizer. launches: operations by piece of work. saved: by stage, what the
-    first step of the trainer counts. persistent: bytes by category before the step.
-    """
-
-    rank: int
-    stages: tuple[int, ...]
-    microbatches: int
-    peaks: dict[str, Peak]
-    persistent: dict[str, int]
-    launches: dict[Where, Counter[Operation]]
-    saved: dict[int, Activations]
 
 
 class _Observer:
@@ -64,7 +51,7 @@ class _Observer:
         self._tracker.leave()
 
     def node(self, of: Node) -> Callable[[], None]:
-        self._tracker.enter(Where(of.kind, of.stage, of.microbatch, of.name))
+        self._tracker.enter(Where(of.kind, of.stage, of.microbatch, of.name, of.queue))
         return self._tracker.leave
 
 
@@ -157,4 +144,60 @@ def run_rank(
         persistent=dict(persistent),
         launches=dict(tracker.launches),
         saved=trainer.own_saved_activations(),
+        groups=len(tracker.groups),
     )
+
+
+class Request(NamedTuple):
+    """One rank to run. schedule: None for that of the configuration."""
+
+    config: Config
+    rank: int
+    schedule: Schedule | None = None
+    imbalance: float = 1.0
+
+
+def run_ranks(requests: Sequence[Request], processes: int | None = None) -> list[RankRun]:
+    """Runs each in a process of its own, several side by side; the results in their order.
+
+    processes: at a time; default: one a core. The caller must have no threads at work and no CUDA context: processes are forked.
+    """
+    context = multiprocessing.get_context("fork")
+    with context.Pool(min(len(requests), processes or os.cpu_count() or 1), maxtasksperchild=1) as pool:
+        return pool.map(_run, requests, chunksize=1)
+
+
+def _run(request: Request) -> RankRun:
+    torch.set_num_threads(1)
+    return run_rank(*request)
+
+
+def dry_runs(
+    configs: Sequence[Config], hardware: Hardware, ranks: Sequence[int] | None = None, imbalance: float = 1.0
+) -> list[DryRun]:
+    """Dry runs of several configurations, their ranks side by side.
+
+    ranks: pipeline ranks; None: all that differ. imbalance: see `megatron.meta.install`. Raises ConfigError for a rank that is not
+    there and for a configuration that does not fit its own sizes.
+    """
+    prepared, requests = [], []
+    for config in configs:
+        own = distinct_ranks(config) if ranks is None else list(ranks)
+        if wrong := [rank for rank in own if not 0 <= rank < config.parallel.pp]:
+            raise ConfigError(f"--ranks {','.join(map(str, wrong))}: must be between 0 and parallel.pp - 1 = {config.parallel.pp - 1}")
+        dp = config.parallel.dp or config.smallest_dp
+        check_world_size(config, config.parallel.pp * config.parallel.tp * dp)
+        try:
+            schedule = build_schedule(config, config.parallel.pp, config.microbatches(dp))
+        except ValueError as error:
+            raise ConfigError(f"search: {error}") from error
+        searched = schedule if config.schedule.name == "auto" else None
+        prepared.append((config, dp, compile(schedule, recompute=config.recompute.enabled, high=True), len(own)))
+        requests += [Request(shortened(config, dp), rank, searched, imbalance) for rank in own]
+    found = iter(run_ranks(requests))
+    return [assemble(config, dp, hardware, list(islice(found, count)), program) for config, dp, program, count in prepared]
+
+
+def plain(config: Config) -> Config:
+    """The same with the plain residual."""
+    return config.model_copy(update={"residual": config.residual.model_copy(update={"kind": "none", "static": False, "fixed": ()})})

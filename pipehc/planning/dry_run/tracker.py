@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
@@ -19,12 +20,13 @@ aten = torch.ops.aten
 
 class Where(NamedTuple):
     """A piece of work. kind: F, B (the gradient of the input), R or W; or a phase: setup, step (what is outside of actions),
-    optimizer. node: BLOCK.KIND, empty outside of nodes."""
+    optimizer. node: BLOCK.KIND, empty outside of nodes. queue: of the node."""
 
     kind: str
     stage: int = -1
     microbatch: int = -1
     node: str = ""
+    queue: str = "compute"
 
 
 class Block:
@@ -66,6 +68,7 @@ class Tracker(TorchDispatchMode):
         self._blocks: dict[int, Block] = {}  # those alive, by their storage
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._known: dict[Any, _Known] = {}
+        self.groups: set[str] = set()  # of processes that communicated
         self._meta = device.type == "meta"
 
     @contextmanager
@@ -158,6 +161,7 @@ class Tracker(TorchDispatchMode):
         if not any(t.device.type in self._counted for t in tensors):
             return out
         self.launches[self._where[-1]][found] += 1
+        self.groups |= {dist.ProcessGroup.unbox(a).group_name for a in args if isinstance(a, torch.ScriptObject) and _is_group(a)}
         if func._overloadpacket.__name__ in ("send", "recv_"):
             self.mark(tensors, "messages")
         return out
@@ -237,6 +241,10 @@ def _described(value: Any) -> tuple[Any, ...]:
     if isinstance(value, list | tuple):
         return tuple(_described(item) for item in value)
     return type(value), value
+
+
+def _is_group(argument: torch.ScriptObject) -> bool:
+    return str(argument._type()).endswith("ProcessGroup")
 
 
 def _leaves_meta(kwargs: dict[str, Any]) -> bool:
