@@ -130,8 +130,8 @@ class HostQueue:
 
 
 class IssueQueue:
-    """Everything is done when it is issued, the end of a transfer too: in the order in which CUDA is given its work, so that memory is
-    taken and given back as there. For dry runs."""
+    """Everything is done when it is issued, the end of a transfer too: in the order in which CUDA is given its work, so that memory
+    is taken and given back as there. For dry runs."""
 
     def run(self, work: Work) -> None:
         end = work()

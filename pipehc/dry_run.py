@@ -91,7 +91,7 @@ class DryTrainer(Trainer):
         tokens, labels = (torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in range(2))
         return tokens, labels
 
-    def mean_loss(self, losses: Sequence[torch.Tensor], tokens_in_all: int, step: int) -> float:
+    def mean_loss(self, losses: list[torch.Tensor], tokens_in_all: int, step: int) -> float:
         self.pipeline_peak = self._tracker.turn(Where("optimizer"))
         return 0.0
 
@@ -184,7 +184,8 @@ def dry_runs(
     for config in configs:
         own = distinct_ranks(config) if ranks is None else list(ranks)
         if wrong := [rank for rank in own if not 0 <= rank < config.parallel.pp]:
-            raise ConfigError(f"--ranks {','.join(map(str, wrong))}: must be between 0 and parallel.pp - 1 = {config.parallel.pp - 1}")
+            last = config.parallel.pp - 1
+            raise ConfigError(f"--ranks {','.join(map(str, wrong))}: must be between 0 and parallel.pp - 1 = {last}")
         dp = config.parallel.dp or config.smallest_dp
         check_world_size(config, config.parallel.pp * config.parallel.tp * dp)
         try:

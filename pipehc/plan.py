@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipehc.comm.environment import quiet_libraries
 from pipehc.config.loading import add_config_arguments, check_world_size, run_with_config
 from pipehc.config.schema import Config
 from pipehc.config.strict_yaml import ConfigError
@@ -144,10 +145,12 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
     from pipehc.planning.dry_run.hardware import load_hardware
 
     hardware = load_hardware(args.gpu)
-    ranks = None if args.ranks is None else [_number(text, "--ranks", int, "pipeline ranks with commas") for text in args.ranks.split(",")]
+    given = [] if args.ranks is None else args.ranks.split(",")
+    ranks = [_number(text, "--ranks", int, "pipeline ranks with commas between them") for text in given] or None
     imbalance = _number(args.imbalance, "--imbalance", float, "a number from 1 on")
     if not 1 <= imbalance < float("inf"):
         raise ConfigError(f"--imbalance {args.imbalance}: must be a number from 1 on")
+    quiet_libraries()
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
     from pipehc.dry_run import dry_runs, plain
     from pipehc.planning.dry_run.report import show as show_dry_run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,8 +50,8 @@ class Trainer:
     """Builds this rank's stages and runs them. torch.distributed must be initialised; every rank makes one, with equal arguments.
 
     config: must fit the world size (`check_world_size`). After construction the weights are those of `train.seed`, equal in every
-    layout, until a checkpoint is loaded into `state()`. schedule: of a training step; None: that of the configuration. What runs the
-    same program on other terms (`pipehc.dry_run`) overrides `stage_type` and the methods that touch data.
+    layout, until a checkpoint is loaded into `state()`. schedule: of a training step; None: that of the configuration. What runs
+    the same program on other terms (`pipehc.dry_run`) overrides `stage_type` and the methods that touch data.
     """
 
     stage_type = ModelStage
@@ -217,7 +217,7 @@ class Trainer:
         tokens, labels = batch(split, sampler, first, self.config.train.micro_batch)
         return to_device(tokens, self.device), to_device(labels, self.device)
 
-    def mean_loss(self, losses: Sequence[torch.Tensor], tokens_in_all: int, step: int) -> float:
+    def mean_loss(self, losses: list[torch.Tensor], tokens_in_all: int, step: int) -> float:
         """The mean per token of the whole world. losses: this rank's, sums over their tokens. Collective. Raises TrainingError."""
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
         finite = bool(torch.isfinite(total))

@@ -1,7 +1,7 @@
 """Megatron-core and torch.distributed for a dry run: one rank of a job, on tensors without data and without peers.
 
-Beside the patches of `cpu`, those that the `meta` device needs, each with the place that needs it. Importing this module does nothing.
-With device cpu the same program runs on real tensors, for a comparison: only what stands for the peers is patched.
+Beside the patches of `cpu`, those that the `meta` device needs, each with the place that needs it. Importing this module does
+nothing. With device cpu the same program runs on real tensors, for a comparison: only what stands for the peers is patched.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _patch_object_collectives() -> None:
     def all_gather_object(everyone: list[Any], own: Any, group: Any = None) -> None:
         everyone[:] = [own] * len(everyone)
 
-    dist.all_gather_object = all_gather_object
+    dist.all_gather_object = all_gather_object  # type: ignore[assignment]
     dist.broadcast_object_list = lambda *args, **kwargs: None
 
 
@@ -146,8 +146,8 @@ def _patch_type_names() -> None:
 
 
 def _patch_attention() -> None:
-    """torch chooses the attention for the device, and for meta the one that keeps all scores. A GPU, where keys and values differ in
-    width, runs the memory-efficient one (flash wants them equal)."""
+    """torch chooses the attention for the device, and for meta the one that keeps all scores. A GPU, where keys and values differ
+    in width, runs the memory-efficient one (flash wants them equal)."""
 
     def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scale: float) -> torch.Tensor:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention

@@ -15,8 +15,8 @@ Class = Literal["matmul", "attention", "other", "communication"]
 
 
 class Operation(NamedTuple):
-    """One launch. sort: what its speed depends on. half: whether it computes in 16 bits. bytes: read and written, every tensor once;
-    of a communication, what this rank gives to it."""
+    """One launch. sort: what its speed depends on. half: whether it computes in 16 bits. bytes: read and written, every tensor
+    once; of a communication, what this rank gives to it."""
 
     name: str
     sort: Class
@@ -99,8 +99,8 @@ def kernel(name: str, args: Sequence[Any]) -> Operation:
 SUMS = {"parameter_sum_kernel"}
 """Kernels that add up what they are given."""
 
-# Of the others, whose first argument is streams [tokens, n, C], for a token and channel and by the number of streams: projections onto
-# n^2 + 2n coefficients, and sums over streams.
+# Of the others, whose first argument is streams [tokens, n, C], for a token and channel and by the number of streams: projections
+# onto n^2 + 2n coefficients, and sums over streams.
 FLOPS_PER_CHANNEL = {
     "pre_kernel": lambda n: 2 * n,
     "pre_backward_kernel": lambda n: 4 * n,

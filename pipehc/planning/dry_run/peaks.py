@@ -19,9 +19,9 @@ CATEGORIES = (
     "transient",
     "other",
 )
-"""Of the bytes of a rank. Messages: receive buffers and what is being sent. Kept by F, recomputed and kept by B outlive the piece of
-work that made them: forward, recomputation, backward (gradients on their way, and what weight gradients still need). Other: what is
-made while building or outside of actions."""
+"""Of the bytes of a rank. Messages: receive buffers and what is being sent. Kept by F, recomputed and kept by B outlive the piece
+of work that made them: forward, recomputation, backward (gradients on their way, and what weight gradients still need). Other: what
+is made while building or outside of actions."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ GIB = 2**30
 def show(summary: dict[str, Any], plain: dict[str, Any] | None, console: Console) -> None:
     """Prints what `summary.summary` returns. plain: the same with the plain residual, for comparison."""
     console.print(
-        f"[bold]Dry run[/] on {summary['gpu']}: counted by running the program without data; every time is modelled or simulated, none "
-        f"measured. {summary['schedule']}, {summary['microbatches']} micro-batches ({summary['microbatches_run']} were run), "
+        f"[bold]Dry run[/] on {summary['gpu']}: counted by running the program without data; every time is modelled or simulated, "
+        f"none measured. {summary['schedule']}, {summary['microbatches']} micro-batches ({summary['microbatches_run']} were run), "
         f"{summary['processes']} processes, residual {summary['residual']}."
     )
     _memory(summary, console)
@@ -135,7 +135,7 @@ def _step(summary: dict[str, Any], console: Console) -> None:
 def _comparison(summary: dict[str, Any], plain: dict[str, Any], console: Console) -> None:
     table = _table("\nWhat the residual costs", "", summary["residual"], plain["residual"], "difference")
     fullest = [max(r["total_bytes"] for r in found["ranks"]) / GIB for found in (summary, plain)]
-    table.add_row("memory of the fullest rank, GiB", *_difference(*fullest, ".2f"))
+    table.add_row("memory of the fullest rank, GiB", *_difference(fullest[0], fullest[1], ".2f"))
     if summary["step"] is not None and plain["step"] is not None:
         for name, key, scale, form in (
             ("step, simulated, ms", "ms", 1.0, ",.1f"),

@@ -34,7 +34,7 @@ def simulated(program: Program, table: Table, hardware: Hardware, message_bytes:
 
 
 def simulation_costs(program: Program, table: Table, message_bytes: int, link: Link) -> Costs:
-    """What the simulator is told. Stages differ by one factor each, and pairs hide all of their all-to-alls behind the other half."""
+    """What the simulator is told: stages differ by one factor each, and pairs hide all of their all-to-alls."""
     placement = program.schedule.placement
     stages = range(placement.stages)
 

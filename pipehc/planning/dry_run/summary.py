@@ -62,7 +62,7 @@ def _replicas(config: Config, dp: int) -> int:
 
 
 def _optimizer_ms(run: RankRun, config: Config, dp: int, hardware: Hardware) -> float:
-    """The device's and the links' time: CUDA's AdamW launches one kernel for many parameters, torch without a device one for each."""
+    """The device's and the links' time, not the host's: CUDA's AdamW launches one kernel for many parameters, this one many."""
     work, replicas = phase(run.launches, "optimizer"), _replicas(config, dp)
     return cost(work, hardware, 1).device_ms + collectives(work, replicas, hardware.link(replicas))[1]
 

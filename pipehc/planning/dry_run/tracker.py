@@ -51,9 +51,9 @@ class Moment(NamedTuple):
 class Tracker(TorchDispatchMode):
     """A context. `entered` says where the work belongs that runs in it.
 
-    device: meta, whose tensors have no data; or cpu, for the same program on real ones. What the host reads from the device is 1, or
-    0 or false, so that both take the same way. host: whether tensors of the host count, too, as they must where the device is cpu.
-    Storages that only a reference cycle holds count as alive.
+    device: meta, whose tensors have no data; or cpu, for the same program on real ones. What the host reads from the device is 1,
+    or 0 or false, so that both take the same way. host: whether tensors of the host count, too, as they must where the device is
+    cpu. Storages that only a reference cycle holds count as alive.
     """
 
     def __init__(self, device: torch.device, host: bool = False) -> None:
@@ -169,7 +169,7 @@ class Tracker(TorchDispatchMode):
     def _learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> _Known:
         tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
         here = any(t.device.type in self._counted for t in tensors) or not tensors
-        results = None
+        results: Any = None
         inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         if self._meta and tensors and all(t.is_meta for t in tensors) and isinstance(out, torch.Tensor | tuple):
             if args and out is args[0]:
@@ -208,7 +208,7 @@ class Tracker(TorchDispatchMode):
 class _Known:
     """What was learned of an operation on tensors of given shapes.
 
-    here: whether it concerns the device. results: how to make its results on meta, which is much quicker than asking torch for each:
+    here: whether it concerns the device. results: how to make its results on meta, much quicker than by asking torch each time:
     shapes, strides and dtypes of fresh tensors; 'self' where it returns its first argument; None: ask.
     """
 
