@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a dry run is that of a GPU, whether there is one or not
-
 import torch
 
 from pipehc.comm.queues import IssueQueue
@@ -177,15 +175,12 @@ def dry_runs(
 ) -> list[DryRun]:
     """Dry runs of several configurations, their ranks side by side.
 
-    ranks: pipeline ranks; None: all that differ. imbalance: see `megatron.meta.install`. Raises ConfigError for a rank that is not
-    there and for a configuration that does not fit its own sizes.
+    ranks: pipeline ranks; None: all that differ. imbalance: see `megatron.meta.install`. Raises ConfigError for a configuration that
+    does not fit its own sizes.
     """
     prepared, requests = [], []
     for config in configs:
         own = distinct_ranks(config) if ranks is None else list(ranks)
-        if wrong := [rank for rank in own if not 0 <= rank < config.parallel.pp]:
-            last = config.parallel.pp - 1
-            raise ConfigError(f"--ranks {','.join(map(str, wrong))}: must be between 0 and parallel.pp - 1 = {last}")
         dp = config.parallel.dp or config.smallest_dp
         check_world_size(config, config.parallel.pp * config.parallel.tp * dp)
         try:

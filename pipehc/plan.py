@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -145,12 +146,17 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
     from pipehc.planning.dry_run.hardware import load_hardware
 
     hardware = load_hardware(args.gpu)
-    given = [] if args.ranks is None else args.ranks.split(",")
-    ranks = [_number(text, "--ranks", int, "pipeline ranks with commas between them") for text in given] or None
+    ranks, last = None, config.parallel.pp - 1
+    if args.ranks is not None:
+        allowed = f"pipeline ranks from 0 to parallel.pp - 1 = {last}, with commas between them"
+        ranks = [_number(text, "--ranks", int, allowed) for text in args.ranks.split(",")]
+        if not all(0 <= rank <= last for rank in ranks):
+            raise ConfigError(f"--ranks {args.ranks}: must be {allowed}")
     imbalance = _number(args.imbalance, "--imbalance", float, "a number from 1 on")
     if not 1 <= imbalance < float("inf"):
         raise ConfigError(f"--imbalance {args.imbalance}: must be a number from 1 on")
     quiet_libraries()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
     from pipehc.dry_run import dry_runs, plain
     from pipehc.planning.dry_run.report import show as show_dry_run

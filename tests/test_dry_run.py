@@ -14,7 +14,7 @@ def dry(overrides, rank, device):
     config = tiny_config(*BASE, *overrides)
 
     def fn(_):
-        os.environ["PIPEHC_KERNELS"] = "reference"
+        os.environ |= {"PIPEHC_KERNELS": "reference", "CUDA_VISIBLE_DEVICES": ""}
         from pipehc.dry_run import run_rank
         from pipehc.megatron import meta
 

@@ -120,7 +120,7 @@ _STEP = (
     ("hidden recomputation", lambda s: f"{s['hidden_recomputation_ms']:,.1f} ms"),
     ("a stage message on its link", lambda s: f"{s['message_ms']:.2f} ms"),
     ("optimizer, after the pipeline", lambda s: f"{s['optimizer_ms']:,.1f} ms"),
-    ("sums of gradients, taken as hidden", lambda s: f"{s['gradient_sums_ms']:,.1f} ms"),
+    ("sums of gradients", lambda s: f"{s['gradient_sums_ms']:,.1f} ms, exposed {s['exposed_gradient_sums_ms']:,.1f} ms"),
 )
 
 

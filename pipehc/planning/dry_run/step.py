@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pipehc.planning.dry_run.hardware import Hardware, Link
+from pipehc.planning.dry_run.hardware import Link
 from pipehc.planning.dry_run.roofline import Cost
 from pipehc.planning.dry_run.tables import Key
 from pipehc.schedules import Costs, Program, SimulationResult, simulate
@@ -16,21 +16,38 @@ Table = Mapping[Key, Cost]
 
 class Step(NamedTuple):
     """Simulated. ms: from the first forward to the new weights. pipeline: its simulation, in ms, and what it was fed with.
-    optimizer_ms: after the last gradient is summed. exposed_exchange_ms: of the fullest rank, all-to-alls that nothing hides."""
+    sums_ms: what the sums of gradients add after it. optimizer_ms: after those. exposed_exchange_ms: of the fullest rank,
+    all-to-alls that nothing hides."""
 
     ms: float
     pipeline: SimulationResult
     costs: Costs
+    sums_ms: float
     optimizer_ms: float
     exposed_exchange_ms: float
 
 
-def simulated(program: Program, table: Table, hardware: Hardware, message_bytes: int, link: Link, optimizer_ms: float) -> Step:
-    """The step of a program whose stages cost what `table` says. link: between pipeline neighbours."""
+def simulated(program: Program, table: Table, message_bytes: int, link: Link, sums_ms: float, optimizer_ms: float) -> Step:
+    """The step of a program whose stages cost what `table` says.
+
+    link: between pipeline neighbours. sums_ms: how long the gradients of a rank take to be summed, in equal parts for its stages.
+    """
     costs = simulation_costs(program, table, message_bytes, link)
-    result = simulate(program, costs)
-    exposed = max(_exposed(program, table, rank) for rank in range(program.schedule.ranks))
-    return Step(result.makespan + optimizer_ms, result, costs, optimizer_ms, exposed)
+    result, ranks = simulate(program, costs), range(program.schedule.ranks)
+    left = max(_sums_end(program, result, rank, sums_ms) for rank in ranks) - result.makespan
+    exposed = max(_exposed(program, table, rank) for rank in ranks)
+    sums_ms = max(0.0, left)
+    return Step(result.makespan + sums_ms + optimizer_ms, result, costs, sums_ms, optimizer_ms, exposed)
+
+
+def _sums_end(program: Program, result: SimulationResult, rank: int, sums_ms: float) -> float:
+    """When the gradients of a rank are summed: those of a stage start when its last one is there, and those before have ended."""
+    held = program.schedule.placement.held(rank)
+    last = [max(s.end for s in result.spans if s.rank == rank and (s.lane, s.stage) == own and s.kind in "BW") for own in held]
+    end = 0.0
+    for ready in sorted(last):
+        end = max(end, ready) + sums_ms / len(last)
+    return end
 
 
 def simulation_costs(program: Program, table: Table, message_bytes: int, link: Link) -> Costs:

@@ -46,7 +46,8 @@ def assemble(config: Config, dp: int, hardware: Hardware, runs: Sequence[RankRun
     if {stage for stage, _ in table} >= set(range(config.stages)):
         link = hardware.link(parallel.pp * parallel.tp * dp)
         optimizer = max(_optimizer_ms(run, config, dp, hardware) for run in runs)
-        step = simulated(program, table, hardware, config.stage_message_bytes(), link, optimizer)
+        sums = max(_sums_ms(run, config, dp, hardware) for run in runs)
+        step = simulated(program, table, config.stage_message_bytes(), link, sums, optimizer)
     return DryRun(config, dp, hardware, runs, program, table, step)
 
 
@@ -65,6 +66,16 @@ def _optimizer_ms(run: RankRun, config: Config, dp: int, hardware: Hardware) -> 
     """The device's and the links' time, not the host's: CUDA's AdamW launches one kernel for many parameters, this one many."""
     work, replicas = phase(run.launches, "optimizer"), _replicas(config, dp)
     return cost(work, hardware, 1).device_ms + collectives(work, replicas, hardware.link(replicas))[1]
+
+
+def _sums_ms(run: RankRun, config: Config, dp: int, hardware: Hardware) -> float:
+    """How long a rank's gradients take to be summed over the replicas of its stages, on idle links."""
+    total: Counter[Operation] = Counter()
+    for where, counts in run.launches.items():
+        if where.kind == "step" or where.stage >= 0:
+            total.update(counts)
+    replicas = _replicas(config, dp)
+    return collectives(total, replicas, hardware.link(replicas))[1]
 
 
 def summary(dry: DryRun) -> dict[str, Any]:
@@ -155,16 +166,6 @@ def _step(dry: DryRun, step: Step) -> dict[str, Any]:
     seconds = 1e-3 * step.ms
     microbatches, gpus = config.microbatches(dry.dp), config.parallel.pp * config.parallel.tp
     peak = dry.hardware.matmul.bf16_tflops if config.train.precision == "bf16" else dry.hardware.matmul.fp32_tflops
-    replicas = _replicas(config, dry.dp)
-    sums = [
-        collectives(phase(run.launches, "step"), replicas, dry.hardware.link(replicas))[1]
-        + sum(
-            collectives(node.work, replicas, dry.hardware.link(replicas))[1] * run.microbatches
-            for nodes in actions(run.launches).values()
-            for node in nodes
-        )
-        for run in dry.runs
-    ]
     return {
         "ms": step.ms,
         "tokens_per_s": config.train.global_batch * config.train.sequence_length / seconds,
@@ -177,5 +178,6 @@ def _step(dry: DryRun, step: Step) -> dict[str, Any]:
         "hidden_recomputation_ms": max(result.hidden_recompute),
         "message_ms": step.costs.link,
         "optimizer_ms": step.optimizer_ms,
-        "gradient_sums_ms": max(sums),
+        "gradient_sums_ms": max(_sums_ms(run, config, dry.dp, dry.hardware) for run in dry.runs),
+        "exposed_gradient_sums_ms": step.sums_ms,
     }
