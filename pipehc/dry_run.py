@@ -175,8 +175,8 @@ def dry_runs(
 ) -> list[DryRun]:
     """Dry runs of several configurations, their ranks side by side.
 
-    ranks: pipeline ranks; None: all that differ. imbalance: see `megatron.meta.install`. Raises ConfigError for a configuration that
-    does not fit its own sizes.
+    ranks: pipeline ranks; None: all that differ. imbalance: see `megatron.meta.install`. Raises ConfigError for a configuration
+    that does not fit its own sizes.
     """
     prepared, requests = [], []
     for config in configs:

@@ -1,5 +1,6 @@
 """A dry run is the program: what it counts equals what the same program does to real tensors, to the byte."""
 
+import json
 import os
 
 import pytest
@@ -58,3 +59,39 @@ def test_counts_are_those_of_real_tensors():
 @pytest.mark.parametrize("case", OTHERS)
 def test_counts_are_those_of_real_tensors_elsewhere(case, rank):
     same(OTHERS[case], rank)
+
+
+def test_saved_activations_are_those_of_the_plan_and_of_the_first_step():
+    from pipehc.planning.activations import planned
+
+    found = dry((), 1, "meta").saved
+    plan = planned(tiny_config(*BASE))
+    assert found.keys() == {1, 2}
+    for stage, saved in found.items():  # Table 3: nC at the start of a block, C a sub-layer, (n + 2) C rebuilt
+        assert (saved.streams, saved.outputs, saved.connections) == (plan[stage].streams, plan[stage].outputs, 0)
+        assert 0.4 * plan[stage].rebuilt < saved.rebuilt < 2 * plan[stage].rebuilt
+
+
+def test_the_command_prints_what_a_plan_needs(tmp_path, monkeypatch, capsys):
+    from tiny_model import DEMO, TINY
+
+    from pipehc.plan import main
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    arguments = ["--config", str(DEMO), *TINY, *BASE, "parallel.pp=2", "train.global_batch=40", "--dry-run"]
+    page = tmp_path / "step.html"
+    assert main([*arguments, "--html", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    for words in ("Peak memory", "kept by F", "NCCL, estimated", "step, simulated", "What the residual costs", "host-bound"):
+        assert words in text
+    assert "simulated from a dry run" in page.read_text()
+    assert main([*arguments, "--json", "--gpu", "a100", "--ranks", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpu"].startswith("A100") and found["plain_residual"]["residual"] == "none"
+    assert (found["microbatches"], found["microbatches_run"]) == (20, 8)
+    [rank] = found["ranks"]
+    assert (rank["rank"], rank["mirror"], rank["stages"], rank["fits"]) == (0, 1, [0, 1], True)
+    assert sum(rank["bytes"].values()) == rank["peak_bytes"]
+    assert {(a["stage"], a["action"]) for a in found["actions"]} == {(s, kind) for s in (0, 1) for kind in "FRBW"}
+    assert found["step"]["ms"] > found["step"]["pipeline_ms"] > 0

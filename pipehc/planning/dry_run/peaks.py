@@ -27,7 +27,7 @@ is made while building or outside of actions."""
 @dataclass(frozen=True)
 class Peak:
     """The fullest moment of a rank. bytes: by category, those that are not 0. at: the work that was running. makers: the largest
-    sums of bytes by (category, node kind, operation)."""
+    sums of bytes by (category, node kind, operation), of what is not there all the time."""
 
     total: int
     bytes: dict[str, int]
@@ -45,7 +45,8 @@ def peak(history: Iterable[Block], moment: Moment, makers: int = 12) -> Peak:
             continue
         category = _category(block)
         by_category[category] += block.nbytes
-        by_maker[category, block.where.node.rpartition(".")[2] or block.where.kind, block.name] += block.nbytes
+        if category not in ("parameters", "gradients", "optimizer"):
+            by_maker[category, block.where.node.rpartition(".")[2] or block.where.kind, block.name] += block.nbytes
         if block.born == moment.clock:
             at = block.where
     assert sum(by_category.values()) == moment.live, "the history does not explain the peak"
