@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import warnings
 from collections.abc import Mapping, MutableMapping
 
 GPU_DEFAULTS = {
@@ -62,3 +65,10 @@ def overlap_warnings(environment: Mapping[str, str], ranks_here: int, cores: int
             "messages; set 1"
         )
     return found
+
+
+def quiet_libraries() -> None:
+    """Keeps a dozen lines a process about what Megatron falls back to without TransformerEngine off the screen; -W shows them."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -63,7 +63,7 @@ class Mailbox:
         self._groups, self._shape, self._dtype, self._device = groups, shape, dtype, torch.device(device)
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._buffers: dict[_Slot, torch.Tensor] = {}
-        self._storages: set[int] = set()  # addresses of those
+        self._storages: set[int] = set()  # of those: not their data's addresses, which are all 0 without data (dry runs)
         self._received: dict[tuple, tuple[_Slot, _Pending]] = {}
         self._sent: dict[_Slot, tuple[tuple, _Pending]] = {}
         self.waiting: Waiting | None = None
@@ -110,7 +110,7 @@ class Mailbox:
             )
         assert (edge, slot) not in self._sent, f"{message}: no event says that what was sent from its slot before has arrived"
         tensor = tensor.detach().contiguous()
-        if tensor.untyped_storage().data_ptr() in self._storages:
+        if tensor.untyped_storage()._cdata in self._storages:
             tensor = tensor.clone()  # a stage that hands on what it got: its buffer may be used again before this is sent
         if self._through_host:
             tensor = tensor.cpu()
@@ -138,7 +138,7 @@ class Mailbox:
     def _buffer(self, slot: _Slot) -> torch.Tensor:
         if slot not in self._buffers:
             self._buffers[slot] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            self._storages.add(self._buffers[slot].untyped_storage().data_ptr())
+            self._storages.add(self._buffers[slot].untyped_storage()._cdata)
         return self._buffers[slot]
 
     def _pending(

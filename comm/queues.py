@@ -129,6 +129,31 @@ class HostQueue:
                 end = end()
 
 
+class IssueQueue:
+    """Everything is done when it is issued, the end of a transfer too: in the order in which CUDA is given its work, so that memory
+    is taken and given back as there. For dry runs."""
+
+    def run(self, work: Work) -> None:
+        end = work()
+        while end is not None:
+            end = end()
+
+    def event(self) -> None:
+        """What was issued is done."""
+
+    def wait(self, event: None) -> None:
+        """So is what is waited for."""
+
+    def push(self) -> None:
+        """Nothing is left to do."""
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Memory is not used again while anything refers to it."""
+
+    def beside(self, name: Hashable) -> IssueQueue:
+        return self
+
+
 def join(queues: Mapping[str, Queue]) -> None:
     """What is issued to `compute` from now on starts after all that the other queues were given."""
     for queue in queues.values():

@@ -18,7 +18,8 @@ MAX_CHANNELS = 2**20
 
 
 def backend_of(x: Tensor, streams: int) -> Backend:
-    """The backend for streams `x`: `PIPEHC_KERNELS` (triton or reference) if set, else Triton on CUDA and the reference elsewhere.
+    """The backend for streams `x`: `PIPEHC_KERNELS` (triton or reference) if set, else Triton on CUDA, and on meta, which stands
+    for it in a dry run; the reference elsewhere.
 
     The reference also serves what Triton does not offer (fp64, more streams or channels than the kernels take), unless Triton is
     asked for by name.
@@ -34,4 +35,4 @@ def backend_of(x: Tensor, streams: int) -> Backend:
         )
     if forced:
         return "triton" if forced == "triton" else "reference"
-    return "triton" if x.is_cuda and fits else "reference"
+    return "triton" if (x.is_cuda or x.is_meta) and fits else "reference"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipehc.kernels.channel_sums import store_channel_sums
 from pipehc.kernels.forward import BLOCK_TOKENS, map_constants, scalar_of
-from pipehc.kernels.language import INTERPRETED, launches, tl, triton
+from pipehc.kernels.language import INTERPRETED, launch, launches, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.map_gradients import store_map_gradients
 from pipehc.kernels.parameter_gradients import parameter_sum_kernel, store_phi_share, store_small_share
@@ -198,7 +198,9 @@ def launch_mapping_backward(
     small_shares = x.new_empty(groups, 2 * columns + 1, dtype=torch.float32)
     d_maps, d_logits, d_product = (x.new_empty(tokens, columns, dtype=torch.float32) for _ in range(3))
     d_x_next, f = incoming.deferred if incoming.deferred is not None else (None, None)
-    mapping_backward_kernel[(groups,)](
+    launch(
+        mapping_backward_kernel,
+        (groups,),
         x,
         incoming.y,
         d_x_next,
@@ -243,7 +245,6 @@ def launch_mapping_backward(
     d_phi = torch.empty_like(phi) if groups > 1 else phi_shares[0]
     d_alpha, d_bias, d_number = torch.empty_like(alpha), torch.empty_like(bias), x.new_empty((), dtype=torch.float32)
     block = 1024
-    parameter_sum_kernel[(1 + (triton.cdiv(phi.numel(), block) if groups > 1 else 0),)](
-        phi_shares, small_shares, d_phi, d_alpha, d_bias, d_number, groups, phi.numel(), n=n, BLOCK=block
-    )
+    grid, results = (1 + (triton.cdiv(phi.numel(), block) if groups > 1 else 0),), (d_phi, d_alpha, d_bias, d_number)
+    launch(parameter_sum_kernel, grid, phi_shares, small_shares, *results, groups, phi.numel(), n=n, BLOCK=block)
     return Gradients(d_x, d_phi, d_alpha, d_bias, d_number, d_f)

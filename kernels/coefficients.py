@@ -97,4 +97,5 @@ def _logits(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manif
     else:
         flat = x.flatten(1)
         product = matmul(flat, phi) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS)
-    return torch.addcmul(bias, product, alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device)))
+    counts = torch.tensor([n, n, n * n], device=alpha.device)
+    return torch.addcmul(bias, product, alpha.repeat_interleave(counts, output_size=n * n + 2 * n))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipehc.kernels.language import INTERPRETED, launches, tl, triton
+from pipehc.kernels.language import INTERPRETED, launch, launches, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.maps import map_of
 from pipehc.kernels.matrices import store_matrix, store_vector
@@ -206,7 +206,9 @@ def launch_mapping(
     if previous is not None:
         out["x_next"] = torch.empty_like(x)
     if tokens:
-        mapping_kernel[(triton.cdiv(tokens, BLOCK_TOKENS),)](
+        launch(
+            mapping_kernel,
+            (triton.cdiv(tokens, BLOCK_TOKENS),),
             x,
             f,
             h_post,

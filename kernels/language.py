@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Concatenate
+from typing import Any, Concatenate
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ if os.environ.get("PIPEHC_KERNELS") == "triton" and not torch.cuda.is_available(
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "launches", "tl", "triton"]
+__all__ = ["INTERPRETED", "Noting", "launch", "launches", "noting", "tl", "triton"]
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """True when kernels run in Triton's interpreter: on the CPU, slowly, for tests and for counting traffic."""
@@ -49,3 +50,26 @@ def launches[**P, R](function: Callable[Concatenate[Tensor, P], R]) -> Callable[
             return function(x, *args, **kwargs)
 
     return on_its_device
+
+
+Noting = Callable[[str, Sequence[Any]], AbstractContextManager[object]]
+"""Told the name of a kernel and its arguments by position; the kernel runs inside of what it returns."""
+
+_noting: list[Noting] = []
+
+
+@contextmanager
+def noting(note: Noting) -> Iterator[None]:
+    """In this block `note` is told about every launch, the innermost of several."""
+    _noting.append(note)
+    try:
+        yield
+    finally:
+        _noting.pop()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launches a kernel: the only place that does. On meta tensors, which have no data, it is noted and not launched."""
+    with _noting[-1](kernel.fn.__name__, args) if _noting else nullcontext():
+        if not args[0].is_meta:
+            kernel[grid](*args, **options)

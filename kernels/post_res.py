@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipehc.kernels.backend import backend_of
 from pipehc.kernels.differentiation import matmul, once
-from pipehc.kernels.language import launches, tl, triton
+from pipehc.kernels.language import launch, launches, tl, triton
 from pipehc.kernels.link import Link, claim
 from pipehc.kernels.pre import launch_pre
 from pipehc.kernels.shapes import check_others, check_shape, check_streams, coefficient_dtype
@@ -111,7 +111,7 @@ def launch_post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tens
     if tokens:
         block = block_channels(n)
         grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
-        post_res_kernel[grid](x, f, h_post, h_res, x_next, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
+        launch(post_res_kernel, grid, x, f, h_post, h_res, x_next, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
     return x_next
 
 
@@ -123,9 +123,8 @@ def launch_post_res_backward(
     tokens, n, channels = x.shape
     d_x, d_f, d_post, d_res = (torch.empty_like(v) for v in (x, f, h_post, h_res))
     if tokens:
-        post_res_backward_kernel[(triton.cdiv(tokens, 16),)](
-            x, f, h_post, h_res, d_x_next, d_x, d_f, d_post, d_res, tokens, channels, n=n, BT=16, BC=block_channels(n), num_warps=4
-        )
+        grid, tensors = (triton.cdiv(tokens, 16),), (x, f, h_post, h_res, d_x_next, d_x, d_f, d_post, d_res)
+        launch(post_res_backward_kernel, grid, *tensors, tokens, channels, n=n, BT=16, BC=block_channels(n), num_warps=4)
     return d_x, d_f, d_post, d_res
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipehc.kernels.backend import backend_of
 from pipehc.kernels.differentiation import matmul, once
-from pipehc.kernels.language import launches, tl, triton
+from pipehc.kernels.language import launch, launches, tl, triton
 from pipehc.kernels.shapes import check_others, check_shape, check_streams, coefficient_dtype
 from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
 
@@ -75,7 +75,7 @@ def launch_pre(x: Tensor, h_pre: Tensor, dtype: torch.dtype | None = None) -> Te
     if tokens:
         block = block_channels(n)
         grid = (triton.cdiv(tokens, 16), triton.cdiv(channels, block))
-        pre_kernel[grid](x, h_pre, y, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
+        launch(pre_kernel, grid, x, h_pre, y, tokens, channels, n=n, BT=16, BC=block, num_warps=4)
     return y
 
 
@@ -85,9 +85,8 @@ def launch_pre_backward(x: Tensor, h_pre: Tensor, d_y: Tensor) -> tuple[Tensor, 
     tokens, n, channels = x.shape
     d_x, d_pre = torch.empty_like(x), torch.empty_like(h_pre)
     if tokens:
-        pre_backward_kernel[(triton.cdiv(tokens, 16),)](
-            x, h_pre, d_y, d_x, d_pre, tokens, channels, n=n, BT=16, BC=block_channels(n), num_warps=4
-        )
+        grid, tensors = (triton.cdiv(tokens, 16),), (x, h_pre, d_y, d_x, d_pre)
+        launch(pre_backward_kernel, grid, *tensors, tokens, channels, n=n, BT=16, BC=block_channels(n), num_warps=4)
     return d_x, d_pre
 
 

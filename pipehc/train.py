@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import logging
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from pipehc.checkpoint.store import Checkpoints
-from pipehc.comm.environment import overlap_warnings, set_gpu_defaults
+from pipehc.comm.environment import overlap_warnings, quiet_libraries, set_gpu_defaults
 from pipehc.comm.groups import NCCL_LIMIT_S
 from pipehc.comm.messages import PeerError, first_line
 from pipehc.comm.once import say_once
@@ -86,7 +84,7 @@ def run(config: Config) -> int:
     """Trains on the processes that torchrun started, or on this one alone. Raises ConfigError for what cannot work here."""
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_data(config)
-    _quiet_libraries()
+    quiet_libraries()
     progress = Progress()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -107,13 +105,6 @@ def run(config: Config) -> int:
         return 1
     dist.destroy_process_group()
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Keeps a dozen lines a process about what Megatron falls back to without TransformerEngine off the screen; -W shows them."""
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def train(config: Config, progress: Progress) -> None:

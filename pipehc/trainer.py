@@ -24,7 +24,7 @@ from pipehc.config.strict_yaml import ConfigError
 from pipehc.data.batches import Sampler, Split, batch
 from pipehc.learning_rate import learning_rate
 from pipehc.megatron.trainer.groups import build_groups
-from pipehc.megatron.trainer.model import DTYPES, build_stage, initialise, parameter_names
+from pipehc.megatron.trainer.model import DTYPES, StageModel, build_stage, initialise, parameter_names
 from pipehc.megatron.trainer.optimizer import build_optimizer
 from pipehc.model.gain import CompositeGain, GainFeedback
 from pipehc.model.reduction import EarlyReduction
@@ -52,14 +52,17 @@ class Trainer:
     """Builds this rank's stages and runs them. torch.distributed must be initialised; every rank makes one, with equal arguments.
 
     config: must fit the world size (`check_world_size`). After construction the weights are those of `train.seed`, equal in every
-    layout, until a checkpoint is loaded into `state()`.
+    layout, until a checkpoint is loaded into `state()`. schedule: of a training step; None: that of the configuration. What runs
+    the same program on other terms (`pipehc.dry_run`) overrides `stage_type` and the methods that touch data.
     """
 
-    def __init__(self, config: Config) -> None:
+    stage_type = ModelStage
+
+    def __init__(self, config: Config, schedule: Schedule | None = None) -> None:
         self.config = config
         parallel, train = config.parallel, config.train
         dp = dist.get_world_size() // (parallel.pp * parallel.tp)
-        schedule = _same_everywhere(config, parallel.pp, config.microbatches(dp))
+        schedule = schedule or _same_everywhere(config, parallel.pp, config.microbatches(dp))
         self._few_queues = few_queues(os.environ, torch.cuda.is_available())
         self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True, one_queue=self._few_queues)
         placement = self.train_program.schedule.placement
@@ -79,7 +82,7 @@ class Trainer:
             for lane, stage in placement.held(self.groups.pp_rank)
         }
         for model in self.models.values():
-            initialise(model, train.seed, config.model.init_std)
+            self.initialise(model)
         # By stage, not by lane: the two ranks that hold the same stages must reduce them in the same order.
         by_stage = [self.models[key] for key in sorted(self.models, key=lambda key: key[1])]
         self.optimizer = build_optimizer(config, self.groups, by_stage)
@@ -125,11 +128,14 @@ class Trainer:
 
     def saved_activations(self) -> dict[int, Activations]:
         """By stage, the bytes that its first micro-batch of this process' first step kept. Collective; after a step."""
-        assert self._saved is not None, "no step yet"
-        own = {s: Activations(c.inputs, c.outputs, c.by_f, c.by_rebuilt, c.transient) for s, c in self._saved.items()}
         everyone: list[dict[int, Activations]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, own)
+        dist.all_gather_object(everyone, self.own_saved_activations())
         return {stage: saved for found in everyone for stage, saved in sorted(found.items())}
+
+    def own_saved_activations(self) -> dict[int, Activations]:
+        """Of this rank's stages alone."""
+        assert self._saved is not None, "no step yet"
+        return {s: Activations(c.inputs, c.outputs, c.by_f, c.by_rebuilt, c.transient) for s, c in self._saved.items()}
 
     def _count(self, stage: int) -> SavedBytes:
         """For the first step alone."""
@@ -181,15 +187,13 @@ class Trainer:
         tokens_in_all = samples * train.sequence_length
 
         def microbatch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            at = first + (index * self.groups.dp_size + self.groups.dp_rank) * train.micro_batch
-            tokens, labels = batch(split, sampler, at, train.micro_batch)
-            return to_device(tokens, self.device), to_device(labels, self.device)
+            return self.microbatch(split, sampler, first + (index * self.groups.dp_size + self.groups.dp_rank) * train.micro_batch)
 
         recompute, scale = self.config.recompute.enabled, 1.0 / tokens_in_all
         first_step = self._saved is None and not schedule.forward_only
         self._saved = {} if first_step else self._saved
         stages = {
-            key: ModelStage(
+            key: self.stage_type(
                 chain,
                 self.queues,
                 microbatch,
@@ -206,7 +210,19 @@ class Trainer:
             observers.append(EarlyReduction(program, self.groups.pp_rank, self._start_reduction, self._expect_last))
         self.mailbox.begin(schedule.forward_only)
         execute(instructions, schedule.placement, stages, self.mailbox, observers, overlap, self.queues)
-        losses = [loss for stage in stages.values() for loss in stage.losses.values()]
+        return self.mean_loss([loss for stage in stages.values() for loss in stage.losses.values()], tokens_in_all, step)
+
+    def initialise(self, model: StageModel) -> None:
+        """Gives a stage the weights of `train.seed`."""
+        initialise(model, self.config.train.seed, self.config.model.init_std)
+
+    def microbatch(self, split: Split, sampler: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, labels), int64 [b, s] each: one micro-batch of the samples from number `first` on, on the device."""
+        tokens, labels = batch(split, sampler, first, self.config.train.micro_batch)
+        return to_device(tokens, self.device), to_device(labels, self.device)
+
+    def mean_loss(self, losses: list[torch.Tensor], tokens_in_all: int, step: int) -> float:
+        """The mean per token of the whole world. losses: this rank's, sums over their tokens. Collective. Raises TrainingError."""
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
         finite = bool(torch.isfinite(total))
         everywhere = torch.stack([total if finite else torch.zeros_like(total), total.new_tensor(float(not finite))])

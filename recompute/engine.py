@@ -85,7 +85,7 @@ class Pass:
                 dropped = {}
                 if self._recompute:
                     dropped = {
-                        value.untyped_storage().data_ptr(): name
+                        value.untyped_storage()._cdata: name
                         for name, value in zip(piece.inputs, inputs)
                         if isinstance(value, torch.Tensor) and value.numel() and self._chain.is_rebuilt(name, block)
                     }
@@ -229,7 +229,7 @@ class Pass:
     # -- graphs
 
     def _record(self, index: int, run: Callable[..., Any], inputs: list[Any], dropped: dict[int, str]) -> tuple[Any, ...]:
-        """Runs a piece with autograd, in a graph of its own. dropped: addresses of storages that it must not keep."""
+        """Runs a piece with autograd, in a graph of its own. dropped: storages that it must not keep."""
         count = None if self._count is None else partial(self._count_saved, self._count, self._chain.pieces[index].rebuilt)
         saving = without(dropped, self._rebuilt.__getitem__, count)
         outputs, self._graphs[index] = record(run, inputs, saving, self._scope())

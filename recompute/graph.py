@@ -50,13 +50,14 @@ def without(
 ) -> AbstractContextManager[Any]:
     """Inside, autograd saves a note in the place of a dropped value, which is looked up when the backward asks for it.
 
-    dropped: addresses of storages, and the names of their values. find: a value by name. count: told about what is saved.
+    dropped: storages, and the names of their values. Storages and not addresses of data: in a dry run there is none, at address 0.
+    find: a value by name. count: told about what is saved.
     """
     if not dropped and count is None:
         return nullcontext()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | _Dropped:
-        name = dropped.get(tensor.untyped_storage().data_ptr())
+        name = dropped.get(tensor.untyped_storage()._cdata)
         if name is not None:
             return _Dropped(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         if count is not None:

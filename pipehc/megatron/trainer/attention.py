@@ -6,7 +6,6 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from torch.nn.functional import scaled_dot_product_attention
 
 
 class CoreAttention(MegatronModule):
@@ -21,7 +20,7 @@ class CoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """query, key [s, b, heads, head_dim + rope_dim], value [s, b, heads, head_dim] -> [s, b, heads * head_dim], causal."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -1,0 +1,199 @@
+"""Runs the trainer's own step for single ranks of any job, on tensors without data, in processes without peers, and counts."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+
+from pipehc.comm.queues import IssueQueue
+from pipehc.config.loading import ConfigError, check_world_size
+from pipehc.config.schema import Config
+from pipehc.config.stages import build_schedule
+from pipehc.kernels.language import noting
+from pipehc.megatron import meta
+from pipehc.megatron.trainer.model import StageModel
+from pipehc.model.stage import ModelStage
+from pipehc.planning.dry_run.hardware import Hardware
+from pipehc.planning.dry_run.peaks import peak
+from pipehc.planning.dry_run.rank_run import RankRun
+from pipehc.planning.dry_run.shortened import distinct_ranks, shortened
+from pipehc.planning.dry_run.summary import DryRun, assemble
+from pipehc.planning.dry_run.tracker import Tracker, Where
+from pipehc.schedules import Schedule, compile
+from pipehc.schedules.program import Instruction, Run
+from pipehc.trainer import Trainer
+from pipehc.watch.trace import Node
+
+
+class _Observer:
+    """Tells a tracker where the program is: in a node of an action, else in an instruction."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def begin(self, instruction: Instruction) -> None:
+        if isinstance(instruction, Run):
+            kind, stage, microbatch, _ = instruction.action
+            self._tracker.enter(Where("B" if kind == "I" else kind, stage, microbatch))
+        else:
+            self._tracker.enter(Where("step", node=type(instruction).__name__))
+
+    def end(self, instruction: Instruction) -> None:
+        self._tracker.leave()
+
+    def node(self, of: Node) -> Callable[[], None]:
+        self._tracker.enter(Where(of.kind, of.stage, of.microbatch, of.name, of.queue))
+        return self._tracker.leave
+
+
+class _Stage(ModelStage):
+    """Tells its W even where it is a part of a B."""
+
+    def backward_weight(self, microbatch: int) -> None:
+        assert self._watch is not None
+        ended = self._watch("W", microbatch, "", "compute")
+        super().backward_weight(microbatch)
+        ended()
+
+
+class DryTrainer(Trainer):
+    """The trainer on tensors of `tracker.device`, over the peers that `megatron.meta` stands for, without data."""
+
+    stage_type = _Stage
+
+    def __init__(self, config: Config, tracker: Tracker, schedule: Schedule | None = None) -> None:
+        self._tracker = tracker
+        super().__init__(config, schedule)
+        self.queues = dict.fromkeys(("compute", "high", "communication"), IssueQueue())
+        self.observers.append(_Observer(tracker))
+        if self._gain is not None:  # its small product of all maps is made on the host
+            finish = self._gain.finish
+            self._gain.finish = lambda: self._on_host(finish)  # type: ignore[method-assign]
+        self._mark_persistent()
+        self.pipeline_peak = tracker.turn(Where("step"))
+
+    def initialise(self, model: StageModel) -> None:
+        if self._tracker.device.type != "meta":
+            with self._tracker.off():
+                super().initialise(model)
+
+    def microbatch(self, split: Any, sampler: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (self.config.train.micro_batch, self.config.train.sequence_length)
+        tokens, labels = (torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in range(2))
+        return tokens, labels
+
+    def mean_loss(self, losses: list[torch.Tensor], tokens_in_all: int, step: int) -> float:
+        self.pipeline_peak = self._tracker.turn(Where("optimizer"))
+        return 0.0
+
+    def _on_host(self, work: Callable[[], float]) -> float:
+        with self._tracker.entered(Where("host")):
+            return work()
+
+    def _mark_persistent(self) -> None:
+        mark = self._tracker.mark
+        mark([[*model.parameters(), *model.buffers()] for model in self.models.values()], "parameters")
+        for chunk in self.optimizer._chunks:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                mark([buffer.param_data], "parameters")
+                mark([buffer.grad_data], "gradients")
+        for part in self.optimizer._parts:
+            mark([list(state.values()) for state in part.optimizer.state.values()], "optimizer")
+            mark(part.shard_fp32_from_float16_groups, "optimizer")
+        self._tracker.mark_rest("other")
+
+
+def run_rank(
+    config: Config, rank: int, schedule: Schedule | None = None, imbalance: float = 1.0, device: str = "meta", host: bool = False
+) -> RankRun:
+    """One step of pipeline rank `rank` (its first data-parallel replica). Once a process: it becomes that rank for good.
+
+    device, host: see `Tracker`; for comparisons with real tensors.
+    """
+    parallel = config.parallel
+    dp = parallel.dp or config.smallest_dp
+    world = parallel.pp * parallel.tp * dp
+    check_world_size(config, world)
+    tracker = Tracker(torch.device(device), host)
+    meta.install(rank * dp * parallel.tp, world, tracker.device, imbalance)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # what a cycle holds is alive, in every run alike
+    with tracker, noting(tracker.note_kernel):
+        trainer = DryTrainer(config, tracker, schedule)
+        persistent = Counter[str]()
+        for block in tracker.history:
+            if block.died is None:
+                persistent[str(block.category)] += block.nbytes
+        trainer.step(1, None, None)  # type: ignore[arg-type]
+    moments = {"pipeline": trainer.pipeline_peak, "optimizer": tracker.peak}
+    return RankRun(
+        rank=rank,
+        stages=tuple(sorted(stage for _, stage in trainer.models)),
+        microbatches=config.microbatches(dp),
+        peaks={name: peak(tracker.history, moment) for name, moment in moments.items()},
+        persistent=dict(persistent),
+        launches=dict(tracker.launches),
+        saved=trainer.own_saved_activations(),
+        groups=len(tracker.groups),
+    )
+
+
+class Request(NamedTuple):
+    """One rank to run. schedule: None for that of the configuration."""
+
+    config: Config
+    rank: int
+    schedule: Schedule | None = None
+    imbalance: float = 1.0
+
+
+def run_ranks(requests: Sequence[Request], processes: int | None = None) -> list[RankRun]:
+    """Runs each in a process of its own, several side by side; the results in their order.
+
+    processes: at a time; default: one a core. The caller must have no threads at work and no CUDA context: processes are forked.
+    """
+    context = multiprocessing.get_context("fork")
+    with context.Pool(min(len(requests), processes or os.cpu_count() or 1), maxtasksperchild=1) as pool:
+        return pool.map(_run, requests, chunksize=1)
+
+
+def _run(request: Request) -> RankRun:
+    torch.set_num_threads(1)
+    return run_rank(*request)
+
+
+def dry_runs(
+    configs: Sequence[Config], hardware: Hardware, ranks: Sequence[int] | None = None, imbalance: float = 1.0
+) -> list[DryRun]:
+    """Dry runs of several configurations, their ranks side by side.
+
+    ranks: pipeline ranks; None: all that differ. imbalance: see `megatron.meta.install`. Raises ConfigError for a configuration
+    that does not fit its own sizes.
+    """
+    prepared, requests = [], []
+    for config in configs:
+        own = distinct_ranks(config) if ranks is None else list(ranks)
+        dp = config.parallel.dp or config.smallest_dp
+        check_world_size(config, config.parallel.pp * config.parallel.tp * dp)
+        try:
+            schedule = build_schedule(config, config.parallel.pp, config.microbatches(dp))
+        except ValueError as error:
+            raise ConfigError(f"search: {error}") from error
+        searched = schedule if config.schedule.name == "auto" else None
+        prepared.append((config, dp, compile(schedule, recompute=config.recompute.enabled, high=True), len(own)))
+        requests += [Request(shortened(config, dp), rank, searched, imbalance) for rank in own]
+    found = iter(run_ranks(requests))
+    return [assemble(config, dp, hardware, list(islice(found, count)), program) for config, dp, program, count in prepared]
+
+
+def plain(config: Config) -> Config:
+    """The same with the plain residual."""
+    return config.model_copy(update={"residual": config.residual.model_copy(update={"kind": "none", "static": False, "fixed": ()})})

@@ -1,0 +1,116 @@
+"""What one operation costs, from the shapes of its tensors: FLOPs, and the bytes that it must read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+Class = Literal["matmul", "attention", "other", "communication"]
+
+
+class Operation(NamedTuple):
+    """One launch. sort: what its speed depends on. half: whether it computes in 16 bits. bytes: read and written, every tensor
+    once; of a communication, what this rank gives to it."""
+
+    name: str
+    sort: Class
+    half: bool
+    flops: float
+    bytes: int
+
+
+# They launch nothing, though their schemas do not say that they only make a view, or memory without contents.
+_FREE = {
+    aten._unsafe_view.default,
+    aten.lift_fresh.default,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.empty.memory_format,
+    aten.empty_strided.default,
+    aten.new_empty_strided.default,
+    aten._reshape_alias.default,
+}
+# They read the rows that they are asked for, not all.
+_GATHERS = {aten.index_select.default, aten.gather.default, aten.embedding.default, aten.index.Tensor}
+# They write the rows that they are given, and read them before where they add.
+_SCATTERS = {aten.index_put_.default, aten._index_put_impl_.default}
+
+_views: dict[Any, bool] = {}
+
+
+def is_view(func: Any) -> bool:
+    """Whether an operation returns a view of an argument that it does not write."""
+    if func not in _views:
+        _views[func] = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
+    return _views[func]
+
+
+def operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Operation | None:
+    """The cost of an operation that returned `out`; None if it launches nothing."""
+    if func in _FREE or is_view(func):
+        return None
+    if func.namespace == "c10d":
+        return Operation(str(func._overloadpacket), "communication", False, 0.0, _given(func, args))
+    name = func._schema.name
+    inputs = [t for t in tree_iter((args, {k: v for k, v in kwargs.items() if k != "out"})) if isinstance(t, torch.Tensor)]
+    written = sum(size(t) for t in tree_iter(out) if isinstance(t, torch.Tensor))
+    if func in _GATHERS:
+        read = written + sum(size(t) for t in inputs[1:])
+    elif func in _SCATTERS:
+        written = sum(size(t) for t in inputs[1:])
+        read = written
+    elif func is aten.copy_.default:
+        read = size(args[1])
+    elif name.startswith(("aten::zero", "aten::fill")):
+        read = 0
+    else:
+        read = sum(size(t) for t in inputs)
+    flops, sort = 0.0, "other"
+    if (count := flop_registry.get(func._overloadpacket)) is not None:
+        flops, sort = float(count(*args, **kwargs, out_val=out)), "matmul"
+        if "scaled_dot_product" in name:
+            flops, sort = flops / 2, "attention"  # the count is of the whole square; kernels skip what causality masks
+    half = bool(inputs) and inputs[0].element_size() == 2
+    return Operation(str(func._overloadpacket), sort, half, flops, read + written)  # type: ignore[arg-type]
+
+
+def _given(func: Any, args: tuple[Any, ...]) -> int:
+    """What a rank gives to a collective: its input where it has one, else the tensors that it works on in place."""
+    takes_output_first = {"alltoall_base_", "_allgather_base_", "_reduce_scatter_base_", "allgather_into_tensor_coalesced_",
+                          "reduce_scatter_tensor_coalesced_"}  # fmt: skip
+    given = args[1] if func._overloadpacket.__name__ in takes_output_first else args[0]
+    return sum(size(t) for t in tree_iter(given) if isinstance(t, torch.Tensor))
+
+
+def kernel(name: str, args: Sequence[Any]) -> Operation:
+    """The cost of one of our Triton kernels: every tensor once, which is what they are written for."""
+    x = args[0]
+    nbytes = sum(t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor))
+    flops = float(x.numel() if name in SUMS else x.numel() // x.shape[1] * FLOPS_PER_CHANNEL[name](x.shape[1]))
+    return Operation(f"pipehc.{name}", "other", False, flops, nbytes)
+
+
+SUMS = {"parameter_sum_kernel"}
+"""Kernels that add up what they are given."""
+
+# Of the others, whose first argument is streams [tokens, n, C], for a token and channel and by the number of streams: projections
+# onto n^2 + 2n coefficients, and sums over streams.
+FLOPS_PER_CHANNEL = {
+    "pre_kernel": lambda n: 2 * n,
+    "pre_backward_kernel": lambda n: 4 * n,
+    "post_res_kernel": lambda n: 2 * n * (n + 1),
+    "post_res_backward_kernel": lambda n: 4 * n * (n + 1),
+    "mapping_kernel": lambda n: 2 * n * (n * n + 2 * n) + 2 * n * n + 4 * n,
+    "mapping_backward_kernel": lambda n: 4 * n * (n * n + 2 * n) + 4 * n * n + 8 * n,
+}
+
+
+def size(tensor: torch.Tensor) -> int:
+    """Bytes of memory behind a tensor: expanded ones have less than numbers."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

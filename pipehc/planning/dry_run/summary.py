@@ -1,0 +1,183 @@
+"""A dry run as plain data: memory by rank, costs by action, the simulated step, and what to worry about."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pipehc.config.schema import Config
+from pipehc.planning.dry_run.hardware import Hardware
+from pipehc.planning.dry_run.operations import Operation
+from pipehc.planning.dry_run.rank_run import RankRun
+from pipehc.planning.dry_run.roofline import Cost, collectives, cost, device_ms
+from pipehc.planning.dry_run.step import Step, Table, model_flops, simulated
+from pipehc.planning.dry_run.tables import Key, NodeWork, actions, phase
+from pipehc.planning.dry_run.warnings import warnings
+from pipehc.schedules import Program
+
+GIB = 2**30
+ORDER = "FRBW"
+
+
+class DryRun(NamedTuple):
+    """Of one configuration. runs: of the ranks that were run. step: None where they do not hold all stages between them."""
+
+    config: Config
+    dp: int
+    hardware: Hardware
+    runs: Sequence[RankRun]
+    program: Program
+    table: Table
+    step: Step | None
+
+
+def assemble(config: Config, dp: int, hardware: Hardware, runs: Sequence[RankRun], program: Program) -> DryRun:
+    """program: of the whole step, with all its micro-batches."""
+    parallel = config.parallel
+    nodes: dict[Key, tuple[NodeWork, ...]] = {}
+    for run in runs:
+        nodes |= actions(run.launches)
+    table = {
+        key: sum_of([cost(node.work, hardware, parallel.ep) for node in found])
+        for key, found in sorted(nodes.items(), key=lambda item: (item[0][0], ORDER.index(item[0][1])))
+    }
+    step = None
+    if {stage for stage, _ in table} >= set(range(config.stages)):
+        link = hardware.link(parallel.pp * parallel.tp * dp)
+        optimizer = max(_optimizer_ms(run, config, dp, hardware) for run in runs)
+        sums = max(_sums_ms(run, config, dp, hardware) for run in runs)
+        step = simulated(program, table, config.stage_message_bytes(), link, sums, optimizer)
+    return DryRun(config, dp, hardware, runs, program, table, step)
+
+
+def sum_of(costs: Sequence[Cost]) -> Cost:
+    total = Cost()
+    for part in costs:
+        total = total.plus(part)
+    return total
+
+
+def _replicas(config: Config, dp: int) -> int:
+    return dp * config.parallel.tp * config.placement.lanes
+
+
+def _optimizer_ms(run: RankRun, config: Config, dp: int, hardware: Hardware) -> float:
+    """The device's and the links' time, not the host's: CUDA's AdamW launches one kernel for many parameters, this one many."""
+    work, replicas = phase(run.launches, "optimizer"), _replicas(config, dp)
+    return cost(work, hardware, 1).device_ms + collectives(work, replicas, hardware.link(replicas))[1]
+
+
+def _sums_ms(run: RankRun, config: Config, dp: int, hardware: Hardware) -> float:
+    """How long a rank's gradients take to be summed over the replicas of its stages, on idle links."""
+    total: Counter[Operation] = Counter()
+    for where, counts in run.launches.items():
+        if where.kind == "step" or where.stage >= 0:
+            total.update(counts)
+    replicas = _replicas(config, dp)
+    return collectives(total, replicas, hardware.link(replicas))[1]
+
+
+def summary(dry: DryRun) -> dict[str, Any]:
+    """As JSON: bytes, FLOPs, ms and shares. All times are modelled or simulated."""
+    config, hardware, step = dry.config, dry.hardware, dry.step
+    result: dict[str, Any] = {
+        "gpu": hardware.name,
+        "residual": config.residual.kind,
+        "schedule": config.schedule.name,
+        "microbatches": config.microbatches(dry.dp),
+        "microbatches_run": dry.runs[0].microbatches,
+        "processes": config.parallel.pp * config.parallel.tp * dry.dp,
+        "ranks": [_rank(run, dry) for run in dry.runs],
+        "actions": [{"stage": stage, "action": kind, **_cost(found)} for (stage, kind), found in dry.table.items()],
+        "operations": _operations(dry),
+        "step": None if step is None else _step(dry, step),
+    }
+    result["warnings"] = warnings(result, hardware)
+    return result
+
+
+def _rank(run: RankRun, dry: DryRun) -> dict[str, Any]:
+    ranks, reserved, found = dry.config.parallel.pp, dry.hardware.reserved, run.peak
+    comes_and_goes = found.total - sum(run.persistent.values())
+    more = {
+        "context": round(reserved.context_gib * GIB),
+        "groups": round(reserved.group_mib * 2**20 * run.groups),
+        "allocator": round(reserved.allocator * comes_and_goes),
+    }
+    total = found.total + sum(more.values())
+    where = found.at
+    return {
+        "rank": run.rank,
+        "mirror": ranks - 1 - run.rank if dry.config.placement.lanes == 2 and ranks > 1 else None,
+        "stages": list(run.stages),
+        "peak_bytes": found.total,
+        "bytes": found.bytes,
+        "estimated_bytes": more,
+        "total_bytes": total,
+        "fits": total <= dry.hardware.memory_gib * GIB,
+        "at": where.kind if where.stage < 0 else f"{where.kind}{where.stage}.{where.microbatch} {where.node}".strip(),
+        "makers": [{"category": c, "node": n, "operation": o, "bytes": b} for (c, n, o), b in found.makers],
+        "saved": {stage: saved._asdict() for stage, saved in run.saved.items()},
+    }
+
+
+def _cost(found: Cost) -> dict[str, float]:
+    return {
+        "flops": found.flops,
+        "bytes": found.bytes,
+        "launches": found.launches,
+        "all_to_all_bytes": found.exchanged,
+        "device_ms": found.device_ms,
+        "host_ms": found.host_ms,
+        "all_to_all_ms": found.exchange_ms,
+    }
+
+
+def _operations(dry: DryRun, most: int = 12) -> list[dict[str, Any]]:
+    """The operations that keep the device longest in a step of a rank, over all its micro-batches."""
+    run = max(dry.runs, key=lambda run: sum(dry.table[key].device_ms for key in dry.table if key[0] in run.stages))
+    share = dry.config.microbatches(dry.dp) / run.microbatches
+    totals: Counter[str] = Counter()
+    sums: dict[str, list[float]] = {}
+    for where, counts in run.launches.items():
+        if where.stage >= 0:
+            for operation, n in counts.items():
+                _add(totals, sums, operation, n * share, dry.hardware)
+    whole = sum(totals.values())
+    return [
+        {"operation": name, "rank": run.rank, "launches": sums[name][0], "flops": sums[name][1], "bytes": sums[name][2],
+         "device_ms": ms, "share": ms / whole}
+        for name, ms in totals.most_common(most)
+    ]  # fmt: skip
+
+
+def _add(totals: Counter[str], sums: dict[str, list[float]], operation: Operation, n: float, hardware: Hardware) -> None:
+    if operation.sort == "communication":
+        return
+    totals[operation.name] += n * device_ms(operation, hardware)  # type: ignore[assignment]
+    entry = sums.setdefault(operation.name, [0.0, 0.0, 0.0])
+    for k, value in enumerate((1, operation.flops, operation.bytes)):
+        entry[k] += n * value
+
+
+def _step(dry: DryRun, step: Step) -> dict[str, Any]:
+    config, result = dry.config, step.pipeline
+    seconds = 1e-3 * step.ms
+    microbatches, gpus = config.microbatches(dry.dp), config.parallel.pp * config.parallel.tp
+    peak = dry.hardware.matmul.bf16_tflops if config.train.precision == "bf16" else dry.hardware.matmul.fp32_tflops
+    return {
+        "ms": step.ms,
+        "tokens_per_s": config.train.global_batch * config.train.sequence_length / seconds,
+        "model_flops_utilisation": model_flops(dry.table) * microbatches / gpus / seconds / (1e12 * peak),
+        "pipeline_ms": result.makespan,
+        "bubble_ms": result.bubble,
+        "bubble": result.bubble / result.makespan,
+        "exposed_messages_ms": max(result.exposed_comm),
+        "exposed_all_to_alls_ms": step.exposed_exchange_ms,
+        "hidden_recomputation_ms": max(result.hidden_recompute),
+        "message_ms": step.costs.link,
+        "optimizer_ms": step.optimizer_ms,
+        "gradient_sums_ms": max(_sums_ms(run, config, dry.dp, dry.hardware) for run in dry.runs),
+        "exposed_gradient_sums_ms": step.sums_ms,
+    }
