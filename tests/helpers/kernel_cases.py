@@ -40,7 +40,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     if not got.numel():
         return 0.0
     error, size = float((got.double() - want.double()).norm()), float(want.double().norm())
-    return error / size if size else float("inf") * bool(error)
+    return error / size if size else float("inf") if error else 0.0
 
 
 def evaluate(name: str, operation: Callable[..., Any], inputs: Sequence[Tensor], seed: int = 0) -> dict[str, Tensor]:
