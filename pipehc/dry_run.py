@@ -110,9 +110,17 @@ class DryTrainer(Trainer):
         self._tracker.mark_rest("other")
 
 
-def run_rank(
+class Counted(NamedTuple):
+    """A step that was run. persistent: bytes by category before it."""
+
+    tracker: Tracker
+    trainer: DryTrainer
+    persistent: dict[str, int]
+
+
+def counted(
     config: Config, rank: int, schedule: Schedule | None = None, imbalance: float = 1.0, device: str = "meta", host: bool = False
-) -> RankRun:
+) -> Counted:
     """One step of pipeline rank `rank` (its first data-parallel replica). Once a process: it becomes that rank for good.
 
     device, host: see `Tracker`; for comparisons with real tensors.
@@ -133,13 +141,25 @@ def run_rank(
             if block.died is None:
                 persistent[str(block.category)] += block.nbytes
         trainer.step(1, None, None)  # type: ignore[arg-type]
+    return Counted(tracker, trainer, dict(persistent))
+
+
+def run_rank(
+    config: Config, rank: int, schedule: Schedule | None = None, imbalance: float = 1.0, device: str = "meta", host: bool = False
+) -> RankRun:
+    """What `counted` found, summed up."""
+    return summed_up(config, rank, counted(config, rank, schedule, imbalance, device, host))
+
+
+def summed_up(config: Config, rank: int, run: Counted) -> RankRun:
+    tracker, trainer, persistent = run
     moments = {"pipeline": trainer.pipeline_peak, "optimizer": tracker.peak}
     return RankRun(
         rank=rank,
         stages=tuple(sorted(stage for _, stage in trainer.models)),
-        microbatches=config.microbatches(dp),
+        microbatches=config.microbatches(config.parallel.dp or config.smallest_dp),
         peaks={name: peak(tracker.history, moment) for name, moment in moments.items()},
-        persistent=dict(persistent),
+        persistent=persistent,
         launches=dict(tracker.launches),
         saved=trainer.own_saved_activations(),
         groups=len(tracker.groups),

@@ -1,0 +1,71 @@
+"""All layouts of a configuration over a number of GPUs that pass the checks of any configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipehc.config.schema import Config
+from pipehc.schedules.families import FAMILIES
+
+MICRO_BATCHES = (1, 2, 4)
+CHUNKS = (2, 3, 4)  # of interleaved
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with other values, checked. Raises pydantic's ValidationError."""
+    data = config.model_dump()
+    for section, values in sections.items():
+        data[section] |= values
+    return Config.model_validate(data)
+
+
+def layouts(config: Config, gpus: int) -> Iterator[Config]:
+    """Every pp x dp = gpus, ep, micro-batch, recomputation and named schedule, with blocks as even as possible; tp is 1, as the
+    trainer wants it. Micro-batches and recompute blocks: those of `MICRO_BATCHES`, none, a whole stage, and the configuration's own.
+    """
+    for pp in divisors(gpus):
+        if pp > config.model.blocks:
+            continue
+        dp = gpus // pp
+        experts = [ep for ep in divisors(config.model.experts or 1) if dp % ep == 0]
+        for ep, size, recompute, (name, chunks) in product(experts, micro_batches(config), recomputations(config), _schedules()):
+            try:
+                yield changed(
+                    config,
+                    parallel={"pp": pp, "tp": 1, "ep": ep, "dp": dp, "blocks_per_stage": None},
+                    schedule={"name": name, "chunks": chunks},
+                    recompute=recompute,
+                    train={"micro_batch": size},
+                )
+            except ValidationError:
+                continue
+
+
+def _schedules() -> list[tuple[str, int | None]]:
+    return [
+        (name, chunks) for name, family in FAMILIES.items() for chunks in (CHUNKS if family.chunks is not None else (None,))
+    ]
+
+
+def micro_batches(config: Config) -> list[int]:
+    return sorted({*MICRO_BATCHES, config.train.micro_batch})
+
+
+def recomputations(config: Config) -> list[dict[str, Any]]:
+    """Off, a whole stage at a time, and the configuration's own block."""
+    if config.residual.kind == "none":
+        return [{"enabled": False, "block": None}]
+    blocks = dict.fromkeys([None, config.recompute.block])
+    return [{"enabled": False, "block": None}, *({"enabled": True, "block": block} for block in blocks)]
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def with_blocks(config: Config, sizes: Sequence[int]) -> Config:
+    return changed(config, parallel={"blocks_per_stage": tuple(sizes)})

@@ -1,0 +1,187 @@
+"""Models of a few blocks, one stage of each kind, whose dry runs add up to the stages of any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pipehc.config.schema import Config
+from pipehc.planning import parameters
+from pipehc.planning.dry_run.hardware import Hardware
+from pipehc.planning.dry_run.rank_run import RankRun
+from pipehc.planning.dry_run.roofline import Cost, collectives, cost
+from pipehc.planning.dry_run.summary import sum_of
+from pipehc.planning.dry_run.tables import Key, actions, phase
+from pipehc.planning.search.footprint import Footprint
+from pipehc.planning.search.layouts import changed
+
+MICROBATCHES = 3  # the second of them, which is like all others, is looked at
+KINDS = "FRBW"
+
+
+class Unit(NamedTuple):
+    """What decides how much a block costs."""
+
+    ep: int
+    micro_batch: int
+    recompute: bool
+    block: int | None
+
+
+def unit_of(config: Config) -> Unit:
+    return Unit(config.parallel.ep, config.train.micro_batch, config.recompute.enabled, config.recompute.block)
+
+
+class Places(NamedTuple):
+    """Stages of a unit's model: with embedding; a dense and a main block alone; three main ones; with the head."""
+
+    first: int
+    dense: int | None
+    one: int
+    three: int
+    last: int
+
+
+def places(config: Config) -> Places:
+    """Main blocks are those with experts, if there are any."""
+    if config.model.moe_blocks and config.model.dense_blocks:
+        return Places(0, 1, 2, 3, 4)
+    return Places(0, None, 1, 2, 3)
+
+
+def unit_config(config: Config, unit: Unit) -> Config:
+    """All stages on one rank, twice as many replicas as the experts need."""
+    mixed = places(config).dense is not None
+    sizes = (1, 1, 1, 3, 1) if mixed else (1, 1, 3, 1)
+    dense = 2 if mixed else sum(sizes) if not config.model.moe_blocks else 0
+    dp = 2 * unit.ep
+    return changed(
+        config,
+        model={"blocks": sum(sizes), "dense_blocks": dense},
+        parallel={"pp": 1, "tp": 1, "ep": unit.ep, "dp": dp, "blocks_per_stage": sizes},
+        schedule={"name": "interleaved", "chunks": len(sizes)},
+        recompute={"enabled": unit.recompute, "block": unit.block},
+        train={"micro_batch": unit.micro_batch, "global_batch": MICROBATCHES * unit.micro_batch * dp},
+        evaluation={"interval": 0},
+    )
+
+
+class UnitRun(NamedTuple):
+    """A unit's dry run. config: of its small model. memory: by stage and action."""
+
+    config: Config
+    run: RankRun
+    memory: Mapping[Key, Footprint]
+
+
+class Composed(NamedTuple):
+    """Of one layout. table, memory: by stage and action. persistent: bytes by category, by pipeline rank. optimizer_over: what the
+    optimizer needs beside them. sums_ms, optimizer_ms: of the slowest rank. groups: process groups, pipeline neighbours aside."""
+
+    table: dict[Key, Cost]
+    memory: dict[Key, Footprint]
+    persistent: list[dict[str, float]]
+    optimizer_over: float
+    sums_ms: float
+    optimizer_ms: float
+    groups: int
+
+
+class Composer:
+    """Adds up one unit's stages."""
+
+    def __init__(self, unit: UnitRun, hardware: Hardware) -> None:
+        self._unit, self._hardware = unit, hardware
+        self._places = places(unit.config)
+        ep = unit.config.parallel.ep
+        self._costs = {
+            key: sum_of([cost(node.work, hardware, ep) for node in nodes]) for key, nodes in actions(unit.run.launches).items()
+        }
+
+    def __call__(self, config: Config) -> Composed:
+        shapes = [_shape(config, stage) for stage in range(config.stages)]
+        table = {(s, kind): found for s, x in enumerate(shapes) for kind in KINDS if (found := self._cost(kind, *x)).launches > 0}
+        memory = {(s, kind): self._footprint(kind, *x) for s, x in enumerate(shapes) for kind in KINDS}
+        held = [[stage for _, stage in config.placement.held(rank)] for rank in range(config.parallel.pp)]
+        run = self._unit.run
+        return Composed(
+            table,
+            memory,
+            [self._persistent(config, own) for own in held],
+            run.peaks["optimizer"].total - sum(run.persistent.values()),
+            max(self._sums_ms(config, own) for own in held),
+            max(self._optimizer_ms(config, own) for own in held),
+            run.groups,
+        )
+
+    def _weights(self, dense: int, main: int, first: bool, last: bool) -> list[tuple[int, float]]:
+        """A stage as a sum of the unit's: each block after the first adds half of what three have more than one."""
+        at, more = self._places, dense + main - 1
+        found = [(at.one, 1 - more / 2), (at.three, more / 2)]
+        if at.dense is not None:
+            found += [(at.dense, float(dense)), (at.one, -float(dense))]
+        if first:
+            found += [(at.first, 1.0), (at.one if at.dense is None else at.dense, -1.0)]
+        if last:
+            found += [(at.last, 1.0), (at.one, -1.0)]
+        return found
+
+    def _cost(self, kind: str, *shape: Any) -> Cost:
+        total = Cost()
+        for stage, weight in self._weights(*shape):
+            total = total.plus(Cost(*(weight * value for value in self._costs.get((stage, kind), Cost()))))
+        return Cost(*(max(0.0, value) for value in total))
+
+    def _footprint(self, kind: str, dense: int, main: int, first: bool, last: bool) -> Footprint:
+        of, at = self._unit.memory, self._places
+
+        def found(stage: int) -> Footprint:
+            return of.get((stage, kind), Footprint())
+
+        net = sum(weight * found(stage).net for stage, weight in self._weights(dense, main, first, last))
+        like = [at.three if dense + main > 1 else at.one]
+        like += [at.first] * first + [at.last] * last
+        return Footprint(net, max(found(stage).over for stage in like))
+
+    def _per_parameter(self) -> tuple[int, int]:
+        """Parameters of the unit's rank, and those that its optimizer holds."""
+        config = self._unit.config
+        counts = parameters.stages(config)
+        return sum(count.on_rank(config.parallel.ep) for count in counts), sum(c.total for c in counts) // _replicas(config)
+
+    def _persistent(self, config: Config, held: Sequence[int]) -> dict[str, float]:
+        there, sharded = self._per_parameter()
+        own = [parameters.stages(config)[stage] for stage in held]
+        whole = sum(count.on_rank(config.parallel.ep) for count in own) / there
+        share = sum(count.total for count in own) / _replicas(config) / sharded
+        scale = {"parameters": whole, "gradients": whole, "optimizer": share}
+        return {name: scale.get(name, 1.0) * size for name, size in self._unit.run.persistent.items()}
+
+    def _sums_ms(self, config: Config, held: Sequence[int]) -> float:
+        there = self._per_parameter()[0]
+        replicas, ep = _replicas(config), config.parallel.ep
+        own = [parameters.stages(config)[stage] for stage in held]
+        summed = sum(count.on_rank(ep) if replicas > ep else count.common for count in own)
+        work: dict[Any, float] = {}
+        for where, counts in self._unit.run.launches.items():
+            if where.kind == "step" or where.stage >= 0:
+                for operation, n in counts.items():
+                    work[operation] = work.get(operation, 0.0) + n * summed / there
+        return collectives(work, replicas, self._hardware.link(replicas))[1]
+
+    def _optimizer_ms(self, config: Config, held: Sequence[int]) -> float:
+        sharded, replicas = self._per_parameter()[1], _replicas(config)
+        own = sum(parameters.stages(config)[stage].total for stage in held) / replicas / sharded
+        work = {operation: n * own for operation, n in phase(self._unit.run.launches, "optimizer").items()}
+        return cost(work, self._hardware, 1).device_ms + collectives(work, replicas, self._hardware.link(replicas))[1]
+
+
+def _replicas(config: Config) -> int:
+    assert config.parallel.dp is not None
+    return config.parallel.dp * config.parallel.tp * config.placement.lanes
+
+
+def _shape(config: Config, stage: int) -> tuple[int, int, bool, bool]:
+    blocks = config.stage_blocks()[stage]
+    dense = sum(block < config.model.dense_blocks for block in blocks) if config.model.moe_blocks else 0
+    return dense, len(blocks) - dense, stage == 0, stage == config.stages - 1
