@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipehc.comm.environment import quiet_libraries
-from pipehc.config.loading import add_config_arguments, check_world_size, run_with_config
+from pipehc.config.loading import add_config_arguments, check_world_size, run_with_config, to_yaml
 from pipehc.config.schema import Config
 from pipehc.config.strict_yaml import ConfigError
 from pipehc.planning import parameters
@@ -127,9 +127,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     dry.add_argument("--ranks", metavar="R,R", help="pipeline ranks to run (default: those that differ)")
     dry.add_argument("--imbalance", default="1", metavar="X", help="rows of the busiest rank's experts, of the mean (default: 1)")
     dry.add_argument("--html", metavar="FILE", help="draw the simulated step")
+    layout = parser.add_argument_group("search", "the fastest layout over a number of GPUs")
+    layout.add_argument("--search", action="store_true", help="search for one")
+    layout.add_argument("--gpus", metavar="N", help="GPUs to use")
+    layout.add_argument("--memory", metavar="GIB", help="memory of each (default: that of --gpu)")
+    layout.add_argument("--write", metavar="FILE", help="write the configuration of the fastest; the file must not exist")
     args = parser.parse_intermixed_args(argv)
 
     def body(config: Config) -> int:
+        if args.search or any((args.gpus, args.memory, args.write)):
+            return _search(config, args)
         if args.dry_run:
             return _dry_run(config, args)
         result = plan(config)
@@ -152,9 +159,7 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
         ranks = [_number(text, "--ranks", int, allowed) for text in args.ranks.split(",")]
         if not all(0 <= rank <= last for rank in ranks):
             raise ConfigError(f"--ranks {args.ranks}: must be {allowed}")
-    imbalance = _number(args.imbalance, "--imbalance", float, "a number from 1 on")
-    if not 1 <= imbalance < float("inf"):
-        raise ConfigError(f"--imbalance {args.imbalance}: must be a number from 1 on")
+    imbalance = _imbalance(args)
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
@@ -172,6 +177,50 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
     else:
         show_dry_run(results[0], results[1] if len(results) > 1 else None, _console())
     return 0
+
+
+def _search(config: Config, args: argparse.Namespace) -> int:
+    from pipehc.planning.dry_run.hardware import load_hardware
+
+    if not args.search or args.dry_run or args.html or args.ranks:
+        raise ConfigError("--gpus, --memory and --write go with --search, which takes no --dry-run, --ranks and --html")
+    if args.gpus is None:
+        raise ConfigError("--search: needs --gpus N")
+    hardware = load_hardware(args.gpu)
+    gpus = _number(args.gpus, "--gpus", int, "a whole number from 1 on")
+    if gpus < 1:
+        raise ConfigError(f"--gpus {args.gpus}: must be a whole number from 1 on")
+    memory = hardware.memory_gib if args.memory is None else _number(args.memory, "--memory", float, "a number of GiB above 0")
+    if not 0 < memory < float("inf"):
+        raise ConfigError(f"--memory {args.memory}: must be a number of GiB above 0")
+    imbalance = _imbalance(args)
+    if args.write and (Path(args.write).exists() or not Path(args.write).absolute().parent.is_dir()):
+        raise ConfigError(f"--write {args.write}: must be a new file in a folder that exists")
+    quiet_libraries()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from pipehc.layout_search import as_data, search_layouts
+    from pipehc.planning.search.report import show as show_layouts
+
+    found = search_layouts(config, gpus, memory, hardware, imbalance)
+    data = as_data(found, gpus, memory, hardware)
+    if args.json:
+        print(json.dumps(data, indent=2))
+    else:
+        show_layouts(data, _console())
+    if args.write:
+        try:
+            with open(args.write, "x", encoding="utf-8") as file:
+                file.write(to_yaml(found.fitting[0].config))
+        except OSError as error:
+            raise ConfigError(f"--write {args.write}: cannot be written: {error}") from error
+    return 0
+
+
+def _imbalance(args: argparse.Namespace) -> float:
+    imbalance = _number(args.imbalance, "--imbalance", float, "a number from 1 on")
+    if not 1 <= imbalance < float("inf"):
+        raise ConfigError(f"--imbalance {args.imbalance}: must be a number from 1 on")
+    return imbalance
 
 
 def _draw(dry: Any, path: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pipehc.config.schema import Config
 from pipehc.planning import parameters
+from pipehc.planning.parameters import Parameters
 from pipehc.planning.dry_run.hardware import Hardware
 from pipehc.planning.dry_run.rank_run import RankRun
 from pipehc.planning.dry_run.roofline import Cost, collectives, cost
@@ -99,11 +100,11 @@ class Composer:
         }
 
     def __call__(self, config: Config) -> Composed:
-        shapes = [_shape(config, stage) for stage in range(config.stages)]
+        shapes, counts = _shapes(config), parameters.stages(config)
         table = {(s, kind): found for s, x in enumerate(shapes) for kind in KINDS if (found := self._cost(kind, *x)).launches > 0}
         memory = {(s, kind): self._footprint(kind, *x) for s, x in enumerate(shapes) for kind in KINDS}
-        held = [[stage for _, stage in config.placement.held(rank)] for rank in range(config.parallel.pp)]
-        run = self._unit.run
+        placement, run = config.placement, self._unit.run
+        held = [[counts[stage] for _, stage in placement.held(rank)] for rank in range(config.parallel.pp)]
         return Composed(
             table,
             memory,
@@ -113,6 +114,21 @@ class Composer:
             max(self._optimizer_ms(config, own) for own in held),
             run.groups,
         )
+
+    @property
+    def block_ms(self) -> float:
+        """What one more main block adds to all actions of a stage."""
+        at = self._places
+        return sum(self._ms(at.three, kind) - self._ms(at.one, kind) for kind in KINDS) / 2
+
+    def _ms(self, stage: int, kind: str) -> float:
+        return self._costs.get((stage, kind), Cost()).ms
+
+    def persistent_bytes(self, config: Config) -> float:
+        """Of the fullest rank: parameters, gradients and optimizer."""
+        counts, placement = parameters.stages(config), config.placement
+        held = ([counts[stage] for _, stage in placement.held(rank)] for rank in range(config.parallel.pp))
+        return max(sum(self._persistent(config, own).values()) for own in held)
 
     def _weights(self, dense: int, main: int, first: bool, last: bool) -> list[tuple[int, float]]:
         """A stage as a sum of the unit's: each block after the first adds half of what three have more than one."""
@@ -149,18 +165,16 @@ class Composer:
         counts = parameters.stages(config)
         return sum(count.on_rank(config.parallel.ep) for count in counts), sum(c.total for c in counts) // _replicas(config)
 
-    def _persistent(self, config: Config, held: Sequence[int]) -> dict[str, float]:
+    def _persistent(self, config: Config, own: Sequence[Parameters]) -> dict[str, float]:
         there, sharded = self._per_parameter()
-        own = [parameters.stages(config)[stage] for stage in held]
         whole = sum(count.on_rank(config.parallel.ep) for count in own) / there
         share = sum(count.total for count in own) / _replicas(config) / sharded
         scale = {"parameters": whole, "gradients": whole, "optimizer": share}
         return {name: scale.get(name, 1.0) * size for name, size in self._unit.run.persistent.items()}
 
-    def _sums_ms(self, config: Config, held: Sequence[int]) -> float:
+    def _sums_ms(self, config: Config, own: Sequence[Parameters]) -> float:
         there = self._per_parameter()[0]
         replicas, ep = _replicas(config), config.parallel.ep
-        own = [parameters.stages(config)[stage] for stage in held]
         summed = sum(count.on_rank(ep) if replicas > ep else count.common for count in own)
         work: dict[Any, float] = {}
         for where, counts in self._unit.run.launches.items():
@@ -169,10 +183,10 @@ class Composer:
                     work[operation] = work.get(operation, 0.0) + n * summed / there
         return collectives(work, replicas, self._hardware.link(replicas))[1]
 
-    def _optimizer_ms(self, config: Config, held: Sequence[int]) -> float:
+    def _optimizer_ms(self, config: Config, own: Sequence[Parameters]) -> float:
         sharded, replicas = self._per_parameter()[1], _replicas(config)
-        own = sum(parameters.stages(config)[stage].total for stage in held) / replicas / sharded
-        work = {operation: n * own for operation, n in phase(self._unit.run.launches, "optimizer").items()}
+        share = sum(count.total for count in own) / replicas / sharded
+        work = {operation: n * share for operation, n in phase(self._unit.run.launches, "optimizer").items()}
         return cost(work, self._hardware, 1).device_ms + collectives(work, replicas, self._hardware.link(replicas))[1]
 
 
@@ -181,7 +195,8 @@ def _replicas(config: Config) -> int:
     return config.parallel.dp * config.parallel.tp * config.placement.lanes
 
 
-def _shape(config: Config, stage: int) -> tuple[int, int, bool, bool]:
-    blocks = config.stage_blocks()[stage]
-    dense = sum(block < config.model.dense_blocks for block in blocks) if config.model.moe_blocks else 0
-    return dense, len(blocks) - dense, stage == 0, stage == config.stages - 1
+def _shapes(config: Config) -> list[tuple[int, int, bool, bool]]:
+    """Of every stage its dense blocks, its main ones, and whether it has the embedding and the head."""
+    stages, model = config.stage_blocks(), config.model
+    dense = [sum(block < model.dense_blocks for block in blocks) if model.moe_blocks else 0 for blocks in stages]
+    return [(n, len(blocks) - n, s == 0, s == len(stages) - 1) for s, (n, blocks) in enumerate(zip(dense, stages))]

@@ -40,3 +40,8 @@ def _keys(run: Run) -> list[Key]:
 def message_buffers(program: Program, rank: int) -> int:
     """Receive buffers of a rank."""
     return sum(count for (_, target), count in program.receive_slots().items() if target == rank)
+
+
+def neighbours(program: Program, rank: int) -> int:
+    """Ranks that a rank exchanges stage messages with."""
+    return len({other for edge in program.edges() if rank in edge for other in edge} - {rank})

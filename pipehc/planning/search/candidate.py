@@ -1,0 +1,162 @@
+"""One layout: what its step and its memory come to, from composed costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from pipehc.config.schema import Config
+from pipehc.config.stages import build_schedule
+from pipehc.planning.dry_run.hardware import Hardware
+from pipehc.planning.dry_run.step import model_flops, simulated, simulation_costs
+from pipehc.planning.search.layouts import changed, with_blocks
+from pipehc.planning.search.units import Composed, Composer
+from pipehc.planning.search.walk import activations_peak, message_buffers, neighbours
+from pipehc.schedules import Costs, Program, build, compile
+from pipehc.schedules.auto import SEARCHED
+
+GIB = 2**30
+
+
+@dataclass
+class Candidate:
+    """bound_ms: no schedule of these stages is faster. Then, once known: total_bytes, of the fullest rank `rank`, and ms, of the
+    simulated step. confirmed: by a dry run of the whole layout; of the fullest rank alone where the schedule is searched."""
+
+    config: Config
+    composed: Composed
+    bound_ms: float
+    total_bytes: float = 0.0
+    rank: int = 0
+    ms: float = 0.0
+    utilisation: float = 0.0
+    confirmed: bool = False
+    why: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        config, parallel = self.config, self.config.parallel
+        return {
+            "pp": parallel.pp, "tp": parallel.tp, "ep": parallel.ep, "dp": parallel.dp,
+            "blocks_per_stage": [len(blocks) for blocks in config.stage_blocks()],
+            "schedule": config.schedule.name, "chunks": config.schedule.chunks,
+            "placement": config.search.placement if config.schedule.name == "auto" else None,
+            "micro_batch": config.train.micro_batch, "microbatches": config.microbatches(parallel.dp or 1),
+            "recompute": config.recompute.enabled, "recompute_block": config.recompute.block,
+            "ms": self.ms or None, "at_least_ms": self.bound_ms, "model_flops_utilisation": self.utilisation or None,
+            "tokens_per_s": config.train.global_batch * config.train.sequence_length / self.ms * 1e3 if self.ms else None,
+            "total_bytes": round(self.total_bytes), "fullest_rank": self.rank,
+            "source": "dry run" if self.confirmed else "composed", "why": self.why,
+        }  # fmt: skip
+
+
+def candidate(config: Config, composer: Composer) -> Candidate:
+    composed = composer(config)
+    return Candidate(config, composed, max(_rank_ms(config, composed)) + composed.optimizer_ms)
+
+
+def balanced(found: Candidate, composer: Composer) -> Config | None:
+    """Blocks moved from the busiest ranks to the idlest, while that helps; None if it does not."""
+    config = found.config
+    sizes = [len(blocks) for blocks in config.stage_blocks()]
+    load = _rank_ms(config, found.composed)
+    placement, each = config.placement, composer.block_ms * config.microbatches(config.parallel.dp or 1) / config.lanes
+    ranks = [[rank for rank in range(config.parallel.pp) if s in _held(placement, rank)] for s in range(len(sizes))]
+    start = list(sizes)
+    for _ in range(config.model.blocks):
+        heavy = max(range(len(sizes)), key=lambda s: (max(load[r] for r in ranks[s]) if sizes[s] > 1 else 0.0, sizes[s]))
+        light = min(range(len(sizes)), key=lambda s: (max(load[r] for r in ranks[s]), sizes[s]))
+        if sizes[heavy] < 2 or max(load[r] for r in ranks[light]) + each >= max(load[r] for r in ranks[heavy]) - 1e-9:
+            break
+        for stage, sign in ((heavy, -1), (light, 1)):
+            sizes[stage] += sign
+            for rank in ranks[stage]:
+                load[rank] += sign * each
+    return with_blocks(config, sizes) if sizes != start else None
+
+
+def searched(best: Candidate, hardware: Hardware, composer: Composer, time_limit: float) -> list[Config]:
+    """The same layout with searched schedules, for the placements that can be, which are told the composed times in ms."""
+    found = []
+    for placement in SEARCHED:
+        try:
+            config = changed(
+                best.config,
+                parallel={"blocks_per_stage": None},
+                schedule={"name": "auto", "chunks": None},
+                search={"placement": placement, "max_live": None, "time_limit": time_limit},
+            )
+        except ValueError:
+            continue
+        composed = composer(config)
+        schedule = build("gpipe", config.parallel.pp, 1)
+        program = Program(type(schedule)("auto", config.placement, 1, schedule.rows), ())
+        costs = _costs(program, composed, config, hardware)
+        values = {"f": costs.f, "b": costs.b, "w": costs.w, "r": costs.r, "link": costs.link, "latency": costs.latency}
+        found.append(changed(config, search=values))
+    return found
+
+
+def _costs(program: Program, composed: Composed, config: Config, hardware: Hardware) -> Costs:
+    return simulation_costs(program, composed.table, config.stage_message_bytes(), hardware.link(_processes(config)))
+
+
+def fill_memory(found: Candidate, hardware: Hardware) -> None:
+    """total_bytes and rank. Raises ValueError where a schedule cannot be built."""
+    config, composed, program = found.config, found.composed, program_of(found.config)
+    sizes = []
+    for rank in range(config.parallel.pp):
+        persistent = sum(composed.persistent[rank].values())
+        moving = activations_peak(program, rank, composed.memory, config.runtime.overlap)
+        moving += message_buffers(program, rank) * config.stage_message_bytes()
+        moving = max(moving, composed.optimizer_over)
+        reserved = hardware.reserved
+        groups = composed.groups + 1 + neighbours(program, rank) if config.parallel.pp > 1 else composed.groups
+        more = reserved.context_gib * GIB + groups * reserved.group_mib * 2**20 + reserved.allocator * moving
+        sizes.append(persistent + moving + more)
+    found.total_bytes = max(sizes)
+    found.rank = sizes.index(found.total_bytes)
+
+
+def fill_step(found: Candidate, hardware: Hardware) -> None:
+    """ms and utilisation."""
+    config, composed = found.config, found.composed
+    link = hardware.link(_processes(config))
+    program, message = program_of(config), config.stage_message_bytes()
+    found.ms = simulated(program, composed.table, message, link, composed.sums_ms, composed.optimizer_ms).ms
+    peak = hardware.matmul.bf16_tflops if config.train.precision == "bf16" else hardware.matmul.fp32_tflops
+    work = model_flops(composed.table) * config.microbatches(config.parallel.dp or 1)
+    found.utilisation = work / (config.parallel.pp * config.parallel.tp) / (1e-3 * found.ms) / (1e12 * peak)
+
+
+def program_of(config: Config) -> Program:
+    """As the trainer would compile it."""
+    microbatches, recompute = config.microbatches(config.parallel.dp or 1), config.recompute.enabled
+    if config.schedule.name == "auto":  # `auto` keeps what it found
+        return compile(build_schedule(config, config.parallel.pp, microbatches), recompute=recompute, high=True)
+    return _program(config.schedule.name, config.parallel.pp, microbatches, config.schedule.chunks, recompute)
+
+
+@lru_cache(maxsize=128)
+def _program(name: str, ranks: int, microbatches: int, chunks: int | None, recompute: bool) -> Program:
+    return compile(build(name, ranks, microbatches, chunks=chunks), recompute=recompute, high=True)
+
+
+def _rank_ms(config: Config, composed: Composed) -> list[float]:
+    """What every rank computes in a step, without what it might wait for or hide."""
+    placement = config.placement
+    count = config.microbatches(config.parallel.dp or 1) / placement.lanes
+    of_stage = [0.0] * config.stages
+    for (stage, _), found in composed.table.items():
+        of_stage[stage] += max(found.device_ms, found.host_ms)
+    return [count * sum(of_stage[s] for s in _held(placement, rank)) for rank in range(config.parallel.pp)]
+
+
+def _held(placement: Any, rank: int) -> Sequence[int]:
+    return [stage for _, stage in placement.held(rank)]
+
+
+def _processes(config: Config) -> int:
+    return config.parallel.pp * config.parallel.tp * (config.parallel.dp or 1)
