@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from pipehc.planning.dry_run.hardware import Hardware
 from pipehc.planning.dry_run.summary import summary
 from pipehc.planning.search.candidate import Candidate, balanced, candidate, fill_memory, fill_step, searched
 from pipehc.planning.search.footprint import footprints
-from pipehc.planning.search.layouts import layouts
+from pipehc.planning.search.layouts import layouts, same_layout
+from pipehc.planning.search.question import Question
 from pipehc.planning.search.units import Composer, Unit, UnitRun, unit_config, unit_of
 
 GIB = 2**30
@@ -29,48 +30,52 @@ SECONDS = 150.0  # after which no further dry run begins
 
 
 class Found(NamedTuple):
-    """fitting: fastest first, the confirmed ones before the others. rejected: those that seemed faster, but do not fit."""
+    """fitting: fastest first, the confirmed ones before the others. rejected: those that seemed faster, but do not fit. own: the
+    layout of the configuration itself, if it is one over as many GPUs."""
 
     fitting: list[Candidate]
     rejected: list[Candidate]
+    own: Candidate | None
     considered: int
     seconds: float
 
 
-def search_layouts(
-    config: Config, gpus: int, memory_gib: float, hardware: Hardware, imbalance: float = 1.0, confirmed: int = CONFIRMED
-) -> Found:
-    """The layouts of `config` over `gpus` GPUs with `memory_gib` GiB each.
+def search_layouts(config: Config, wanted: Question, confirmed: int = CONFIRMED) -> Found:
+    """The layouts of `config` that were asked for.
 
     confirmed: how many dry runs to make of whole layouts. Raises ConfigError, with one sentence, if there is none that passes the
     checks, or none that fits.
     """
-    begun = monotonic()
-    wanted = list(layouts(config, gpus))
-    if not wanted:
+    begun, gpus, memory_gib, hardware = monotonic(), wanted.gpus, wanted.memory_gib, wanted.hardware
+    there = list(layouts(config, gpus))
+    if not there:
         raise ConfigError(
-            f"--gpus {gpus}: no layout passes the checks of the configuration: pp x dp must be {gpus}, with pp at most "
-            f"model.blocks = {config.model.blocks}, and micro_batch x dp must divide train.global_batch = {config.train.global_batch}"
+            f"--gpus {gpus}: no layout passes the checks of a configuration: pp x dp must be {gpus}, pp at most model.blocks = "
+            f"{config.model.blocks}, and micro_batch x dp must divide train.global_batch = {config.train.global_batch}"
         )
-    candidates, rejected = _candidates(wanted, config, memory_gib, hardware, imbalance)
+    candidates, rejected = _candidates(there, config, wanted)
     fitting, full = _fitting(candidates, memory_gib, hardware)
     rejected += full
     if fitting and monotonic() - begun < SECONDS:
         fitting = _with_searched(fitting, memory_gib, hardware, candidates)
-    fitting, refuted = _confirm(fitting, memory_gib, hardware, imbalance, confirmed, begun)
+    fitting, refuted = _confirm(fitting, wanted, confirmed, begun)
     rejected += refuted
     if not fitting:
         least = min(rejected, key=lambda c: c.total_bytes)
         raise ConfigError(
-            f"--memory {memory_gib:g}: none of {len(wanted)} layouts over {gpus} GPUs fits: the smallest found needs "
-            f"{least.total_bytes / GIB:.1f} GiB (pp {least.config.parallel.pp}, ep {least.config.parallel.ep}, "
-            f"{least.config.schedule.name})"
+            f"--memory {memory_gib:g}: none of {len(there)} layouts over {gpus} GPUs fits: the smallest found needs "
+            f"{least.total_bytes / GIB:.1f} GiB ({least.why}; pp {least.config.parallel.pp}, ep {least.config.parallel.ep})"
         )
-    rejected = [c for c in rejected if (c.ms or c.bound_ms) < fitting[0].ms]
-    rejected.sort(key=lambda c: c.ms or c.bound_ms)
-    for one in rejected[:LISTED]:
-        one.ms or _try_step(one, hardware)
-    return Found(fitting[:LISTED], rejected[:LISTED], len(candidates.all), monotonic() - begun)
+    rejected = sorted((c for c in rejected if c.bound_ms < fitting[0].ms), key=lambda c: c.bound_ms)[:LISTED]
+    for one in rejected:
+        if not one.ms:
+            fill_step(one, hardware)
+    rejected = sorted((c for c in rejected if c.ms < fitting[0].ms), key=lambda c: c.ms)
+    own = next((c for c in candidates.all if same_layout(c.config, config)), None)
+    if own is not None and not own.ms:
+        fill_memory(own, hardware)
+        fill_step(own, hardware)
+    return Found(fitting[:LISTED], rejected, own, len(candidates.all), monotonic() - begun)
 
 
 class _Candidates(NamedTuple):
@@ -78,50 +83,38 @@ class _Candidates(NamedTuple):
     composers: dict[Unit, Composer]
 
 
-def _candidates(
-    wanted: Sequence[Config], config: Config, memory_gib: float, hardware: Hardware, imbalance: float
-) -> tuple[_Candidates, list[Candidate]]:
-    """What all layouts come to that can fit, and the others."""
-    units = {unit_of(one): one for one in wanted}
+def _candidates(there: Sequence[Config], config: Config, wanted: Question) -> tuple[_Candidates, list[Candidate]]:
+    """What all layouts come to; where even parameters are too much in all of them, the smallest instead."""
+    units = dict.fromkeys(unit_of(one) for one in there)
     first = unit_of(config) if unit_of(config) in units else next(iter(units))
-    composers = _composers(config, [first], hardware, imbalance)
-    hopeless = [one for one in wanted if composers[first].persistent_bytes(one) > MARGIN * memory_gib * GIB]
-    left = [one for one in wanted if one not in _Same(hopeless)]
+    composers = _composers(config, [first], wanted)
+    persistent = [composers[first].persistent_bytes(one) for one in there]
+    left = [one for one, size in zip(there, persistent) if size <= wanted.memory_gib * GIB]
+    _say(f"{len(there)} layouts, {len(there) - len(left)} of them too large even without activations")
+    if not left:
+        smallest = persistent.index(min(persistent))
+        one = candidate(there[smallest], composers[first])
+        one.total_bytes, one.why = persistent[smallest], "parameters, gradients and optimizer alone"
+        return _Candidates([], composers), [one]
     needed = dict.fromkeys(unit_of(one) for one in left)
-    _say(f"{len(wanted)} layouts, {len(hopeless)} of them too large; dry runs of {len(needed)} small models")
-    composers |= _composers(config, [unit for unit in needed if unit != first], hardware, imbalance)
+    _say(f"dry runs of {len(needed)} small models")
+    composers |= _composers(config, [unit for unit in needed if unit != first], wanted)
     found = []
     for one in left:
         composer = composers[unit_of(one)]
         found.append(candidate(one, composer))
         if (other := balanced(found[-1], composer)) is not None:
             found.append(candidate(other, composer))
-    rejected = [candidate(one, composers[first]) for one in hopeless if unit_of(one) == first] if not left else []
-    for one in rejected:
-        one.total_bytes, one.why = composers[first].persistent_bytes(one.config), "parameters, gradients and optimizer alone"
-    if not left and not rejected:
-        smallest = min(hopeless, key=composers[first].persistent_bytes)
-        rejected = [Candidate(smallest, composers[first](smallest), 0.0, composers[first].persistent_bytes(smallest))]
-    return _Candidates(found, composers), rejected
+    return _Candidates(found, composers), []
 
 
-class _Same:
-    """Membership by identity: a configuration takes long to compare."""
-
-    def __init__(self, configs: Iterable[Config]) -> None:
-        self._ids = {id(config) for config in configs}
-
-    def __contains__(self, config: Config) -> bool:
-        return id(config) in self._ids
-
-
-def _composers(config: Config, units: Sequence[Unit], hardware: Hardware, imbalance: float) -> dict[Unit, Composer]:
+def _composers(config: Config, units: Sequence[Unit], wanted: Question) -> dict[Unit, Composer]:
     if not units:
         return {}
     context = multiprocessing.get_context("fork")
     with context.Pool(min(len(units), os.cpu_count() or 1), maxtasksperchild=1) as pool:
-        runs = pool.map(_run_unit, [(unit_config(config, unit), imbalance) for unit in units], chunksize=1)
-    return {unit: Composer(run, hardware) for unit, run in zip(units, runs)}
+        runs = pool.map(_run_unit, [(unit_config(config, unit), wanted.imbalance) for unit in units], chunksize=1)
+    return {unit: Composer(run, wanted.hardware) for unit, run in zip(units, runs)}
 
 
 def _run_unit(request: tuple[Config, float]) -> UnitRun:
@@ -135,11 +128,13 @@ def _fitting(found: _Candidates, memory_gib: float, hardware: Hardware) -> tuple
     """Those that fit, fastest first, and those that do not; from the smallest bound on, until no other can be among the best."""
     fitting: list[Candidate] = []
     full: list[Candidate] = []
+    limit = memory_gib * GIB
     for one in sorted(found.all, key=lambda c: c.bound_ms):
-        if len(fitting) >= LISTED and one.bound_ms > sorted(c.ms for c in fitting)[LISTED - 1]:
+        sure = sorted(c.ms for c in fitting if MARGIN * c.total_bytes <= limit)
+        if len(sure) >= LISTED and one.bound_ms > sure[LISTED - 1]:
             break
         fill_memory(one, hardware)
-        if one.total_bytes > MARGIN * memory_gib * GIB:
+        if one.total_bytes > MARGIN * limit:
             one.why = f"rank {one.rank} needs {one.total_bytes / GIB:.1f} GiB"
             full.append(one)
         else:
@@ -149,13 +144,11 @@ def _fitting(found: _Candidates, memory_gib: float, hardware: Hardware) -> tuple
     return sorted(fitting, key=lambda c: c.ms), full
 
 
-def _try_step(one: Candidate, hardware: Hardware) -> None:
-    fill_step(one, hardware)
-
-
 def _with_searched(fitting: list[Candidate], memory_gib: float, hardware: Hardware, found: _Candidates) -> list[Candidate]:
     """With searched schedules for the best layout."""
     best = fitting[0]
+    if best.config.parallel.pp == 1:
+        return fitting
     composer = found.composers[unit_of(best.config)]
     for config in searched(best, hardware, composer, min(10.0, best.config.search.time_limit)):
         one = candidate(config, composer)
@@ -167,17 +160,15 @@ def _with_searched(fitting: list[Candidate], memory_gib: float, hardware: Hardwa
     return sorted(fitting, key=lambda c: c.ms)
 
 
-def _confirm(
-    fitting: list[Candidate], memory_gib: float, hardware: Hardware, imbalance: float, wanted: int, begun: float
-) -> tuple[list[Candidate], list[Candidate]]:
-    """Dry runs of the best, in their order, until `wanted` of them fit or time is up; at least one that fits."""
+def _confirm(fitting: list[Candidate], wanted: Question, count: int, begun: float) -> tuple[list[Candidate], list[Candidate]]:
+    """Dry runs of the best, in their order, until `count` of them fit or time is up; at least one that fits."""
     sure: list[Candidate] = []
     refuted: list[Candidate] = []
     rest = list(fitting)
-    while rest and len(sure) < wanted and not (sure and monotonic() - begun > SECONDS):
+    while rest and len(sure) < count and not (sure and monotonic() - begun > SECONDS):
         one = rest.pop(0)
         auto = one.config.schedule.name == "auto"
-        [dry] = dry_runs([one.config], hardware, [one.rank] if auto else None, imbalance)
+        [dry] = dry_runs([one.config], wanted.hardware, [one.rank] if auto else None, wanted.imbalance)
         found = summary(dry)
         fullest = max(found["ranks"], key=lambda rank: rank["total_bytes"])
         one.total_bytes, one.rank, one.confirmed = fullest["total_bytes"], fullest["rank"], True
@@ -185,25 +176,26 @@ def _confirm(
             one.ms, one.utilisation = found["step"]["ms"], found["step"]["model_flops_utilisation"]
         _say(f"dry run of {one.config.schedule.name}, pp {one.config.parallel.pp}: {one.ms:,.1f} ms simulated, "
              f"{one.total_bytes / GIB:.1f} GiB counted")  # fmt: skip
-        if one.total_bytes <= memory_gib * GIB:
+        if one.total_bytes <= wanted.memory_gib * GIB:
             sure.append(one)
         else:
             one.why = f"rank {one.rank} needs {one.total_bytes / GIB:.1f} GiB"
             refuted.append(one)
-    rest = [one for one in rest if one.total_bytes <= memory_gib * GIB]
+    rest = [one for one in rest if one.total_bytes <= wanted.memory_gib * GIB]
     return sorted(sure, key=lambda c: c.ms) + rest, refuted
 
 
-def as_data(found: Found, gpus: int, memory_gib: float, hardware: Hardware) -> dict[str, Any]:
+def as_data(found: Found, wanted: Question) -> dict[str, Any]:
     """As JSON."""
     return {
-        "gpu": hardware.name,
-        "gpus": gpus,
-        "memory_gib": memory_gib,
+        "gpu": wanted.hardware.name,
+        "gpus": wanted.gpus,
+        "memory_gib": wanted.memory_gib,
         "considered": found.considered,
         "seconds": found.seconds,
         "layouts": [one.row() for one in found.fitting],
         "rejected": [one.row() for one in found.rejected],
+        "own": None if found.own is None else found.own.row(),
     }
 
 

@@ -18,12 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pipehc.comm.environment import quiet_libraries
-from pipehc.config.loading import add_config_arguments, check_world_size, run_with_config, to_yaml
+from pipehc.config.loading import add_config_arguments, check_world_size, run_with_config
 from pipehc.config.schema import Config
 from pipehc.config.strict_yaml import ConfigError
 from pipehc.planning import parameters
 from pipehc.planning.activations import planned
 from pipehc.planning.notes import human, live_microbatches, mebibytes, notes
+from pipehc.planning.search.question import add_search_arguments, asked, question, write
+from pipehc.planning.search.report import show as show_layouts
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -127,15 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     dry.add_argument("--ranks", metavar="R,R", help="pipeline ranks to run (default: those that differ)")
     dry.add_argument("--imbalance", default="1", metavar="X", help="rows of the busiest rank's experts, of the mean (default: 1)")
     dry.add_argument("--html", metavar="FILE", help="draw the simulated step")
-    layout = parser.add_argument_group("search", "the fastest layout over a number of GPUs")
-    layout.add_argument("--search", action="store_true", help="search for one")
-    layout.add_argument("--gpus", metavar="N", help="GPUs to use")
-    layout.add_argument("--memory", metavar="GIB", help="memory of each (default: that of --gpu)")
-    layout.add_argument("--write", metavar="FILE", help="write the configuration of the fastest; the file must not exist")
+    add_search_arguments(parser)
     args = parser.parse_intermixed_args(argv)
 
     def body(config: Config) -> int:
-        if args.search or any((args.gpus, args.memory, args.write)):
+        if asked(args):
             return _search(config, args)
         if args.dry_run:
             return _dry_run(config, args)
@@ -180,39 +178,18 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
 
 
 def _search(config: Config, args: argparse.Namespace) -> int:
-    from pipehc.planning.dry_run.hardware import load_hardware
-
-    if not args.search or args.dry_run or args.html or args.ranks:
-        raise ConfigError("--gpus, --memory and --write go with --search, which takes no --dry-run, --ranks and --html")
-    if args.gpus is None:
-        raise ConfigError("--search: needs --gpus N")
-    hardware = load_hardware(args.gpu)
-    gpus = _number(args.gpus, "--gpus", int, "a whole number from 1 on")
-    if gpus < 1:
-        raise ConfigError(f"--gpus {args.gpus}: must be a whole number from 1 on")
-    memory = hardware.memory_gib if args.memory is None else _number(args.memory, "--memory", float, "a number of GiB above 0")
-    if not 0 < memory < float("inf"):
-        raise ConfigError(f"--memory {args.memory}: must be a number of GiB above 0")
-    imbalance = _imbalance(args)
-    if args.write and (Path(args.write).exists() or not Path(args.write).absolute().parent.is_dir()):
-        raise ConfigError(f"--write {args.write}: must be a new file in a folder that exists")
+    wanted = question(args, _imbalance(args))
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from pipehc.layout_search import as_data, search_layouts
-    from pipehc.planning.search.report import show as show_layouts
 
-    found = search_layouts(config, gpus, memory, hardware, imbalance)
-    data = as_data(found, gpus, memory, hardware)
+    found = search_layouts(config, wanted)
     if args.json:
-        print(json.dumps(data, indent=2))
+        print(json.dumps(as_data(found, wanted), indent=2))
     else:
-        show_layouts(data, _console())
-    if args.write:
-        try:
-            with open(args.write, "x", encoding="utf-8") as file:
-                file.write(to_yaml(found.fitting[0].config))
-        except OSError as error:
-            raise ConfigError(f"--write {args.write}: cannot be written: {error}") from error
+        show_layouts(as_data(found, wanted), _console())
+    if wanted.write is not None:
+        write(found.fitting[0].config, wanted.write)
     return 0
 
 

@@ -24,15 +24,17 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def layouts(config: Config, gpus: int) -> Iterator[Config]:
-    """Every pp x dp = gpus, ep, micro-batch, recomputation and named schedule, with blocks as even as possible; tp is 1, as the
-    trainer wants it. Micro-batches and recompute blocks: those of `MICRO_BATCHES`, none, a whole stage, and the configuration's own.
+    """Every pp x dp = gpus, ep, micro-batch, recomputation and named schedule, with blocks as even as possible.
+
+    tp is 1, as the trainer wants it. On one pipeline rank all schedules do the same: 1f1b stands for them. Micro-batches and
+    recomputation: `micro_batches`, `recomputations`.
     """
     for pp in divisors(gpus):
         if pp > config.model.blocks:
             continue
         dp = gpus // pp
         experts = [ep for ep in divisors(config.model.experts or 1) if dp % ep == 0]
-        for ep, size, recompute, (name, chunks) in product(experts, micro_batches(config), recomputations(config), _schedules()):
+        for ep, size, recompute, (name, chunks) in product(experts, micro_batches(config), recomputations(config), _schedules(pp)):
             try:
                 yield changed(
                     config,
@@ -45,10 +47,10 @@ def layouts(config: Config, gpus: int) -> Iterator[Config]:
                 continue
 
 
-def _schedules() -> list[tuple[str, int | None]]:
-    return [
-        (name, chunks) for name, family in FAMILIES.items() for chunks in (CHUNKS if family.chunks is not None else (None,))
-    ]
+def _schedules(pp: int) -> list[tuple[str, int | None]]:
+    if pp == 1:
+        return [("1f1b", None)]
+    return [(name, chunks) for name, family in FAMILIES.items() for chunks in (CHUNKS if family.chunks is not None else (None,))]
 
 
 def micro_batches(config: Config) -> list[int]:
@@ -69,3 +71,14 @@ def divisors(number: int) -> list[int]:
 
 def with_blocks(config: Config, sizes: Sequence[int]) -> Config:
     return changed(config, parallel={"blocks_per_stage": tuple(sizes)})
+
+
+def same_layout(one: Config, other: Config) -> bool:
+    """Whether two configurations of one training do the same on the same GPUs."""
+    sections = ("schedule", "recompute", "train")
+    sizes = ("pp", "ep", "tp", "dp")
+    return (
+        all(getattr(one, name) == getattr(other, name) for name in sections)
+        and all(getattr(one.parallel, name) == getattr(other.parallel, name) for name in sizes)
+        and one.stage_blocks() == other.stage_blocks()
+    )

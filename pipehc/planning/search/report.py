@@ -20,6 +20,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     if found["rejected"]:
         title = "\nFaster, but they do not fit"
         _table(title, found["rejected"], console, "why not", lambda row: row["why"])
+    if found["own"] is not None:
+        _table("\nThe configuration's own", [found["own"]], console, "from", lambda row: row["source"])
     best = found["layouts"][0]
     console.print(f"\nBlocks per stage of the first: {', '.join(map(str, best['blocks_per_stage']))}.", markup=False)
 
@@ -35,7 +37,7 @@ def _table(title: str, rows: list[dict[str, Any]], console: Console, last: str, 
         table.add_row(
             _schedule(row), str(row["pp"]), str(row["ep"]), str(row["dp"]), str(row["micro_batch"]), _recompute(row),
             _blocks(row["blocks_per_stage"]), f"{row['total_bytes'] / GIB:.1f}",
-            "" if row["ms"] is None else f"{row['ms']:,.0f}",
+            "" if row["ms"] is None else f"{row['ms']:,.0f}" if row["ms"] >= 1000 else f"{row['ms']:.1f}",
             "" if not row["model_flops_utilisation"] else f"{100 * row['model_flops_utilisation']:.1f} %", words(row),
         )  # fmt: skip
     console.print(table)

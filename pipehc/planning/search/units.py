@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from pipehc.config.schema import Config
 from pipehc.planning import parameters
-from pipehc.planning.parameters import Parameters
 from pipehc.planning.dry_run.hardware import Hardware
 from pipehc.planning.dry_run.rank_run import RankRun
 from pipehc.planning.dry_run.roofline import Cost, collectives, cost
 from pipehc.planning.dry_run.summary import sum_of
 from pipehc.planning.dry_run.tables import Key, actions, phase
+from pipehc.planning.parameters import Parameters
 from pipehc.planning.search.footprint import Footprint
 from pipehc.planning.search.layouts import changed
 
