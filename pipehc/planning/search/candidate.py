@@ -13,8 +13,8 @@ from pipehc.planning.dry_run.hardware import Hardware
 from pipehc.planning.dry_run.step import model_flops, simulated, simulation_costs
 from pipehc.planning.search.layouts import changed, with_blocks
 from pipehc.planning.search.units import Composed, Composer
-from pipehc.planning.search.walk import activations_peak, message_buffers, neighbours
-from pipehc.schedules import Costs, Program, build, compile
+from pipehc.planning.search.walk import Outline, activations_peak, outlines
+from pipehc.schedules import Costs, Program, Schedule, build, compile
 from pipehc.schedules.auto import SEARCHED
 
 GIB = 2**30
@@ -54,7 +54,8 @@ class Candidate:
 
 def candidate(config: Config, composer: Composer) -> Candidate:
     composed = composer(config)
-    return Candidate(config, composed, max(_rank_ms(config, composed)) + composed.optimizer_ms)
+    pairs = config.schedule.name.startswith("dualpipe")
+    return Candidate(config, composed, max(_rank_ms(config, composed, exchange=not pairs)) + composed.optimizer_ms)
 
 
 def balanced(found: Candidate, composer: Composer) -> Config | None:
@@ -91,8 +92,7 @@ def searched(best: Candidate, hardware: Hardware, composer: Composer, time_limit
         except ValueError:
             continue
         composed = composer(config)
-        schedule = build("gpipe", config.parallel.pp, 1)
-        program = Program(type(schedule)("auto", config.placement, 1, schedule.rows), ())
+        program = Program(Schedule("auto", config.placement, 1, ()), ())  # the costs are those of its placement
         costs = _costs(program, composed, config, hardware)
         values = {"f": costs.f, "b": costs.b, "w": costs.w, "r": costs.r, "link": costs.link, "latency": costs.latency}
         found.append(changed(config, search=values))
@@ -105,15 +105,15 @@ def _costs(program: Program, composed: Composed, config: Config, hardware: Hardw
 
 def fill_memory(found: Candidate, hardware: Hardware) -> None:
     """total_bytes and rank. Raises ValueError where a schedule cannot be built."""
-    config, composed, program = found.config, found.composed, program_of(found.config)
+    config, composed, outlined = found.config, found.composed, outlines_of(found.config)
     sizes = []
-    for rank in range(config.parallel.pp):
+    for rank, outline in enumerate(outlined):
         persistent = sum(composed.persistent[rank].values())
-        moving = activations_peak(program, rank, composed.memory, config.runtime.overlap)
-        moving += message_buffers(program, rank) * config.stage_message_bytes()
+        moving = activations_peak(outline, composed.memory)
+        moving += outline.buffers * config.stage_message_bytes()
         moving = max(moving, composed.optimizer_over)
         reserved = hardware.reserved
-        groups = composed.groups + 1 + neighbours(program, rank) if config.parallel.pp > 1 else composed.groups
+        groups = composed.groups + 1 + outline.neighbours if config.parallel.pp > 1 else composed.groups
         more = reserved.context_gib * GIB + groups * reserved.group_mib * 2**20 + reserved.allocator * moving
         sizes.append(persistent + moving + more)
     found.total_bytes = max(sizes)
@@ -139,18 +139,31 @@ def program_of(config: Config) -> Program:
     return _program(config.schedule.name, config.parallel.pp, microbatches, config.schedule.chunks, recompute)
 
 
-@lru_cache(maxsize=128)
+def outlines_of(config: Config) -> list[Outline]:
+    schedule, microbatches = config.schedule, config.microbatches(config.parallel.dp or 1)
+    if schedule.name == "auto":
+        return outlines(program_of(config), config.runtime.overlap)
+    recompute, overlap = config.recompute.enabled, config.runtime.overlap
+    return _outlines(schedule.name, config.parallel.pp, microbatches, schedule.chunks, recompute, overlap)
+
+
+@lru_cache(maxsize=512)
+def _outlines(name: str, ranks: int, microbatches: int, chunks: int | None, recompute: bool, overlap: bool) -> list[Outline]:
+    return outlines(_program(name, ranks, microbatches, chunks, recompute), overlap)
+
+
+@lru_cache(maxsize=512)
 def _program(name: str, ranks: int, microbatches: int, chunks: int | None, recompute: bool) -> Program:
     return compile(build(name, ranks, microbatches, chunks=chunks), recompute=recompute, high=True)
 
 
-def _rank_ms(config: Config, composed: Composed) -> list[float]:
-    """What every rank computes in a step, without what it might wait for or hide."""
+def _rank_ms(config: Config, composed: Composed, exchange: bool = False) -> list[float]:
+    """What every rank does in a step, without waiting. exchange: with all-to-alls, which only pairs hide."""
     placement = config.placement
     count = config.microbatches(config.parallel.dp or 1) / placement.lanes
     of_stage = [0.0] * config.stages
     for (stage, _), found in composed.table.items():
-        of_stage[stage] += max(found.device_ms, found.host_ms)
+        of_stage[stage] += found.ms - (0.0 if exchange else found.exchange_ms)
     return [count * sum(of_stage[s] for s in _held(placement, rank)) for rank in range(config.parallel.pp)]
 
 

@@ -16,7 +16,7 @@ from pipehc.planning.parameters import Parameters
 from pipehc.planning.search.footprint import Footprint
 from pipehc.planning.search.layouts import changed
 
-MICROBATCHES = 3  # the second of them, which is like all others, is looked at
+MICROBATCHES = 2  # the first is not quite like all others: it makes what the step keeps
 KINDS = "FRBW"
 
 
@@ -34,12 +34,12 @@ def unit_of(config: Config) -> Unit:
 
 
 class Places(NamedTuple):
-    """Stages of a unit's model: with embedding; a dense and a main block alone; three main ones; with the head."""
+    """Stages of a unit's model: with embedding; a dense and a main block alone; two main ones; with the head."""
 
     first: int
     dense: int | None
     one: int
-    three: int
+    two: int
     last: int
 
 
@@ -53,7 +53,7 @@ def places(config: Config) -> Places:
 def unit_config(config: Config, unit: Unit) -> Config:
     """All stages on one rank, twice as many replicas as the experts need."""
     mixed = places(config).dense is not None
-    sizes = (1, 1, 1, 3, 1) if mixed else (1, 1, 3, 1)
+    sizes = (1, 1, 1, 2, 1) if mixed else (1, 1, 2, 1)
     dense = 2 if mixed else sum(sizes) if not config.model.moe_blocks else 0
     dp = 2 * unit.ep
     return changed(
@@ -119,7 +119,7 @@ class Composer:
     def block_ms(self) -> float:
         """What one more main block adds to all actions of a stage."""
         at = self._places
-        return sum(self._ms(at.three, kind) - self._ms(at.one, kind) for kind in KINDS) / 2
+        return sum(self._ms(at.two, kind) - self._ms(at.one, kind) for kind in KINDS)
 
     def _ms(self, stage: int, kind: str) -> float:
         return self._costs.get((stage, kind), Cost()).ms
@@ -131,9 +131,9 @@ class Composer:
         return max(sum(self._persistent(config, own).values()) for own in held)
 
     def _weights(self, dense: int, main: int, first: bool, last: bool) -> list[tuple[int, float]]:
-        """A stage as a sum of the unit's: each block after the first adds half of what three have more than one."""
+        """A stage as a sum of the unit's: each block after the first adds what two have more than one."""
         at, more = self._places, dense + main - 1
-        found = [(at.one, 1 - more / 2), (at.three, more / 2)]
+        found = [(at.one, 1.0 - more), (at.two, float(more))]
         if at.dense is not None:
             found += [(at.dense, float(dense)), (at.one, -float(dense))]
         if first:
@@ -155,7 +155,7 @@ class Composer:
             return of.get((stage, kind), Footprint())
 
         net = sum(weight * found(stage).net for stage, weight in self._weights(dense, main, first, last))
-        like = [at.three if dense + main > 1 else at.one]
+        like = [at.two if dense + main > 1 else at.one]
         like += [at.first] * first + [at.last] * last
         return Footprint(net, max(found(stage).over for stage in like))
 
