@@ -49,7 +49,7 @@ def test_the_trainer_sets_them_before_it_asks_for_cuda(monkeypatch):
     def is_available():
         raise Asked(os.environ.get("CUDA_MODULE_LOADING"))
 
-    for name in ("check_world_size", "check_data", "_quiet_libraries"):
+    for name in ("check_world_size", "check_data", "quiet_libraries"):
         monkeypatch.setattr(train, name, lambda *_: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("torch.cuda.is_available", is_available)
