@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipehc.config.schema import Config
@@ -11,7 +11,7 @@ from pipehc.planning.dry_run.hardware import Hardware
 from pipehc.planning.dry_run.operations import Operation
 from pipehc.planning.dry_run.rank_run import RankRun
 from pipehc.planning.dry_run.roofline import Cost, collectives, cost, device_ms
-from pipehc.planning.dry_run.step import Step, Table, model_flops, simulated
+from pipehc.planning.dry_run.step import Step, model_flops, simulated
 from pipehc.planning.dry_run.tables import Key, NodeWork, actions, phase
 from pipehc.planning.dry_run.warnings import warnings
 from pipehc.schedules import Program
@@ -28,7 +28,7 @@ class DryRun(NamedTuple):
     hardware: Hardware
     runs: Sequence[RankRun]
     program: Program
-    table: Table
+    table: Mapping[Key, Cost]
     step: Step | None
 
 
@@ -38,16 +38,17 @@ def assemble(config: Config, dp: int, hardware: Hardware, runs: Sequence[RankRun
     nodes: dict[Key, tuple[NodeWork, ...]] = {}
     for run in runs:
         nodes |= actions(run.launches)
-    table = {
-        key: sum_of([cost(node.work, hardware, parallel.ep) for node in found])
+    costs = {
+        key: [(node.name, node.queue, cost(node.work, hardware, parallel.ep)) for node in found]
         for key, found in sorted(nodes.items(), key=lambda item: (item[0][0], ORDER.index(item[0][1])))
     }
+    table = {key: sum_of([part for _, _, part in found]) for key, found in costs.items()}
     step = None
     if {stage for stage, _ in table} >= set(range(config.stages)):
         link = hardware.link(parallel.pp * parallel.tp * dp)
         optimizer = max(_optimizer_ms(run, config, dp, hardware) for run in runs)
         sums = max(_sums_ms(run, config, dp, hardware) for run in runs)
-        step = simulated(program, table, config.stage_message_bytes(), link, sums, optimizer)
+        step = simulated(program, costs, config.stage_message_bytes(), link, sums, optimizer)
     return DryRun(config, dp, hardware, runs, program, table, step)
 
 
@@ -174,7 +175,7 @@ def _step(dry: DryRun, step: Step) -> dict[str, Any]:
         "bubble_ms": result.bubble,
         "bubble": result.bubble / result.makespan,
         "exposed_messages_ms": max(result.exposed_comm),
-        "exposed_all_to_alls_ms": step.exposed_exchange_ms,
+        "exposed_all_to_alls_ms": max(result.exposed_all_to_all),
         "hidden_recomputation_ms": max(result.hidden_recompute),
         "message_ms": step.costs.link,
         "optimizer_ms": step.optimizer_ms,
