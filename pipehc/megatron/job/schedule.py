@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipehc.megatron.job.feedback import gain_feedback
 from pipehc.megatron.job.grad_sync import early_reduction, reduces_early, refuse_param_sync, start_gathers, without_grad_sync
 from pipehc.megatron.job.hang import HangReport
 from pipehc.megatron.job.mirror import mirrored_groups
+from pipehc.megatron.job.option_values import is_positive, is_whole, refuse_unless
 from pipehc.megatron.job.position import exchanged, held_stages, megatron_place
 from pipehc.megatron.job.promise import keeping_promise
 from pipehc.megatron.job.refusals import BUILD, refuse_call, refuse_model, refuse_places, refuse_unmirrored, refusing_everywhere
@@ -92,12 +94,16 @@ def forward_backward_func(
     refuse_unknown_options(schedule, {name: value for name, value in run.items() if value != defaults[name]} | search)
     if schedule == "megatron":
         return MegatronsOwn()
-    if timeout_s <= 0:
-        raise ValueError(f"timeout_s = {timeout_s}: must be more than 0 seconds")
-    if recompute_block is not None and recompute_block < 1:
-        raise ValueError(f"recompute_block = {recompute_block}: must be at least 1, or None for all sub-layers of a chunk")
-    if trace_steps is not None and not 1 <= trace_steps[0] <= trace_steps[1]:
-        raise ValueError(f"trace_steps = {trace_steps}: must be (first, last) with 1 <= first <= last, or None")
+    refuse_unless(is_positive(timeout_s), "timeout_s", timeout_s, "more than 0 seconds")
+    block = recompute_block is None or is_whole(recompute_block, 1)
+    refuse_unless(block, "recompute_block", recompute_block, "at least 1, or None for all sub-layers of a chunk")
+    steps = trace_steps is None or (
+        isinstance(trace_steps, (tuple, list)) and len(trace_steps) == 2 and all(is_whole(step, 1) for step in trace_steps)
+        and trace_steps[0] <= trace_steps[1]
+    )  # fmt: skip
+    refuse_unless(steps, "trace_steps", trace_steps, "(first, last) with 1 <= first <= last, or None")
+    for name, folder in (("trace_folder", trace_folder), ("watchdog_folder", watchdog_folder)):
+        refuse_unless(isinstance(folder, (str, PathLike)) and bool(str(folder)), name, folder, "a path")
     tracing = Tracing(trace_steps, Path(trace_folder), nvtx)
     hang = HangReport(timeout_s, Path(watchdog_folder))
     return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, tracing, hang)
