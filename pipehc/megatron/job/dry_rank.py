@@ -119,7 +119,7 @@ class _Rank:
         self.tracker = Tracker(torch.device(request.device), request.host)
         self.schedule = request.schedule
         self.optimizers: list[Any] = []
-        self.warming = False
+        self.warming = self.stepping = False
         self.pipeline_peak = Moment(0, 0)
         self._persistent: dict[str, int] = {}
         self.function: DryForwardBackward | None = None
@@ -138,7 +138,7 @@ class _Rank:
                 runpy.run_path(request.script, run_name="__main__")
             except _Counted:
                 return self._found()
-        raise ValueError(f"{request.script}: ended without a training iteration of megatron.training under a schedule of ours")
+        raise ValueError(f"{request.script}: ended without a training iteration of megatron.training")
 
     def begin(self, chunks: Sequence[Any]) -> None:
         """Before the iteration that counts."""
@@ -164,10 +164,7 @@ class _Rank:
 
     def _found(self) -> Found:
         function, tracker = self.function, self.tracker
-        if function is None or function.job is None:
-            raise ValueError(
-                "schedule = 'megatron': a dry run counts schedules of ours alone; give pipehc.megatron.enable() another"
-            )
+        assert function is not None and function.job is not None, "no iteration was counted"
         moments = {"pipeline": self.pipeline_peak, "optimizer": tracker.peak}
         run = RankRun(
             rank=function.rank,
@@ -213,7 +210,11 @@ class _Rank:
         original(args)
 
     def _train_step(self, original: Callable[..., Any], *given: Any, **named: Any) -> NoReturn:
-        self.warming = True
+        if self.function is None:
+            raise ValueError(
+                "the job runs Megatron's own schedule: a dry run counts ours alone; let the script give pipehc.megatron.enable() one"
+            )
+        self.warming = self.stepping = True
         original(*given, **named)
         self.warming = False
         original(*given, **named)
@@ -303,6 +304,8 @@ class DryForwardBackward(ForwardBackward):
     def __call__(self, **arguments: Any) -> list:
         if self._dry.warming:
             return []
+        if not self._dry.stepping:
+            raise ValueError("a loop that is not megatron.training's: a dry run is of scripts that call its pretrain()")
         model = arguments["model"]
         chunks: list[Any] = model if isinstance(model, list) else [model]
         whole, pipeline = arguments["num_microbatches"], parallel_state.get_pipeline_model_parallel_group()

@@ -1,0 +1,77 @@
+"""A dry run of a job is the job: what it counts equals what the same script does to real tensors, to the byte."""
+
+import os
+from pathlib import Path
+
+import pytest
+from processes import run_ranks
+from test_enable import JOB, PP2, SCRIPT, SHARDED
+
+MOE = """--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall
+--moe-router-load-balancing-type none --expert-model-parallel-size 2 """
+UNCHECKED = " --no-check-for-nan-in-loss-and-grad"  # what peers send is whatever the memory holds
+
+
+def dry(arguments, device="meta", **request):
+    """One iteration of rank 0 of four, in a process of its own; maps by the reference on either device."""
+
+    def fn(_):
+        os.environ |= {"PIPEHC_KERNELS": "reference", "CUDA_VISIBLE_DEVICES": ""}
+        from pipehc.megatron.job import dry_rank
+
+        zeros = dry_rank._zeros
+
+        def on_device(provider):  # or one of the two alone would copy them there
+            import torch
+            from megatron.core.rerun_state_machine import RerunDataIterator
+
+            batch = next(zeros(provider)[0])
+            there = {name: torch.zeros(t.shape, dtype=t.dtype, device="cuda") for name, t in batch.items()}
+            return RerunDataIterator(iter(lambda: dict(there), None)), None, None
+
+        dry_rank._zeros = on_device
+        script = str(request.pop("script", SCRIPT))
+        given = {"rank": 0, "world_size": 4} | request
+        return dry_rank.run_rank(
+            dry_rank.Request(script, (*JOB.split(), *arguments.split(), *UNCHECKED.split()), device=device, host=True, **given)
+        )
+
+    return run_ranks(fn, 1, init=False, timeout=240)[0]
+
+
+def found(arguments, device="meta"):
+    result = dry(arguments, device)
+    assert type(result).__name__ == "Found", result.text
+    return result
+
+
+def same(arguments):
+    counted, real = found(arguments), found(arguments, "cpu")
+    assert counted.job == real.job and counted.pipeline == real.pipeline
+    counted, real = counted.run, real.run
+    for launches in (counted.launches, real.launches):
+        for where in [where for where in launches if where.kind == "step"]:
+            for operation in [o for o in launches[where] if o.name == "aten._to_copy"]:
+                assert operation.bytes == 16  # what the loss function reports, which travels through the host: a copy on a GPU alone
+                del launches[where][operation]
+    for where in counted.launches.keys() | real.launches.keys():
+        assert counted.launches.get(where) == real.launches.get(where), where
+    assert counted.peaks == real.peaks
+    assert counted.persistent == real.persistent
+    assert sum(o.flops for counts in counted.launches.values() for o in counts) > 0
+    return counted
+
+
+def test_counts_are_those_of_real_tensors():
+    found = same(PP2 + MOE + "--schedule dualpipe --residual mhc --bf16 " + SHARDED)
+    # Both replicas of a stage and both data-parallel ranks share the optimizer's state: 12 bytes an element, a quarter each.
+    ...
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    ["--schedule dualpipe", "--schedule zbv --residual hc", "--schedule 1f1b --residual mhc --overlap-grad-reduce"],
+)
+def test_counts_are_those_of_real_tensors_elsewhere(arguments):
+    same(PP2 + arguments)
