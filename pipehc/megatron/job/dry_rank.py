@@ -212,7 +212,7 @@ class _Rank:
     def _train_step(self, original: Callable[..., Any], *given: Any, **named: Any) -> NoReturn:
         if self.function is None:
             raise ValueError(
-                "the job runs Megatron's own schedule: a dry run counts ours alone; let the script give pipehc.megatron.enable() one"
+                "the job runs Megatron's own schedule: a dry run counts ours alone; give one to pipehc.megatron.enable"
             )
         self.warming = self.stepping = True
         original(*given, **named)

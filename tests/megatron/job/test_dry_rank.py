@@ -48,7 +48,7 @@ def same(arguments):
     for launches in (counted.launches, real.launches):
         for where in [where for where in launches if where.kind == "step"]:
             for operation in [o for o in launches[where] if o.name == "aten._to_copy"]:
-                assert operation.bytes == 16  # what the loss function reports, which travels through the host: a copy on a GPU alone
+                assert operation.bytes == 16  # what the loss function reports travels through the host: copied on a GPU alone
                 del launches[where][operation]
     for where in counted.launches.keys() | real.launches.keys():
         assert counted.launches.get(where) == real.launches.get(where), where

@@ -33,7 +33,7 @@ def test_it_prints_the_plan_and_leaves_nothing_behind(tmp_path, capfd):
     elements = 8 * (4 * 32 * 32 + 3 * 32 * 64 + 64) + 32 + 2 * 128 * 32
     assert sum(rank["bytes"]["parameters"] for rank in found["ranks"]) == 4 * elements
     assert sum(rank["bytes"]["gradients"] for rank in found["ranks"]) == 4 * elements
-    assert sum(rank["bytes"]["optimizer"] for rank in found["ranks"]) == pytest.approx(8 * elements, rel=1e-3)  # and its counts of steps
+    assert sum(rank["bytes"]["optimizer"] for rank in found["ranks"]) == pytest.approx(8 * elements, rel=1e-3)
 
 
 @pytest.mark.slow
