@@ -138,8 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dry_run(config: Config, args: argparse.Namespace) -> int:
-    asked = command.asked(args)
-    command.check_ranks(asked.ranks, config.parallel.pp, "parallel.pp")
+    asked = command.asked(args, config.parallel.pp, "parallel.pp")
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.

@@ -38,23 +38,31 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--html", metavar="FILE", help="draw the simulated step")
 
 
-def asked(args: argparse.Namespace) -> Asked:
-    """Raises ConfigError that names flag, value and what is allowed. How many ranks there are is not known yet: `check_ranks`."""
+def asked(args: argparse.Namespace, size: int | None = None, key: str = "") -> Asked:
+    """Raises ConfigError that names flag, value and what is allowed.
+
+    size, key: how many pipeline ranks there are, and what says it; without it `check_ranks` is to be called when it is known.
+    """
     hardware = load_hardware(args.gpu)
     ranks = None
     if args.ranks is not None:
-        ranks = tuple(_number(text, "--ranks", int, "pipeline ranks, with commas between them") for text in args.ranks.split(","))
-    imbalance = _number(args.imbalance, "--imbalance", float, "a number from 1 on")
+        ranks = tuple(_number(text, f"--ranks {args.ranks}", int, _allowed(size, key)) for text in args.ranks.split(","))
+        if size is not None:
+            check_ranks(ranks, size, key)
+    imbalance = _number(args.imbalance, f"--imbalance {args.imbalance}", float, "a number from 1 on")
     if not 1 <= imbalance < float("inf"):
         raise ConfigError(f"--imbalance {args.imbalance}: must be a number from 1 on")
     return Asked(hardware, ranks, imbalance)
 
 
 def check_ranks(ranks: Sequence[int] | None, size: int, key: str) -> None:
-    """ConfigError for pipeline ranks that there are not. key: the name of `size`."""
+    """ConfigError for pipeline ranks that there are not."""
     if ranks is not None and not all(0 <= rank < size for rank in ranks):
-        given = ",".join(map(str, ranks))
-        raise ConfigError(f"--ranks {given}: must be pipeline ranks from 0 to {key} - 1 = {size - 1}, with commas between them")
+        raise ConfigError(f"--ranks {','.join(map(str, ranks))}: must be {_allowed(size, key)}")
+
+
+def _allowed(size: int | None, key: str) -> str:
+    return f"pipeline ranks{'' if size is None else f' from 0 to {key} - 1 = {size - 1}'}, with commas between them"
 
 
 def show(found: DryRun, plain: DryRun | None, args: argparse.Namespace) -> None:
@@ -86,8 +94,8 @@ def _draw(dry: DryRun, path: str) -> None:
         raise ConfigError(f"--html {path}: cannot be written: {error}") from error
 
 
-def _number(text: str, flag: str, type: Callable[[str], Any], allowed: str) -> Any:
+def _number(text: str, given: str, type: Callable[[str], Any], allowed: str) -> Any:
     try:
         return type(text)
     except ValueError:
-        raise ConfigError(f"{flag} {text}: must be {allowed}") from None
+        raise ConfigError(f"{given}: must be {allowed}") from None

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from processes import run_ranks
-from test_enable import JOB, PP2, SCRIPT, SHARDED
+from test_enable import JOB, PP2, SCRIPT, SHARDED, VPP2
 
 MOE = """--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall
 --moe-router-load-balancing-type none --expert-model-parallel-size 2 """
@@ -52,7 +52,9 @@ def same(arguments):
                 del launches[where][operation]
     for where in counted.launches.keys() | real.launches.keys():
         assert counted.launches.get(where) == real.launches.get(where), where
-    assert counted.peaks == real.peaks
+    for name, peak in counted.peaks.items():
+        other = real.peaks[name]
+        assert (peak.total, peak.bytes, peak.at) == (other.total, other.bytes, other.at)
     assert counted.persistent == real.persistent
     assert sum(o.flops for counts in counted.launches.values() for o in counts) > 0
     return counted
@@ -69,7 +71,7 @@ def test_counts_are_those_of_real_tensors():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    ["--schedule dualpipe", "--schedule zbv --residual hc", "--schedule 1f1b --residual mhc --overlap-grad-reduce"],
+    ["--schedule dualpipe", "--schedule zbv --residual hc " + VPP2, "--schedule 1f1b --residual mhc --overlap-grad-reduce"],
 )
 def test_counts_are_those_of_real_tensors_elsewhere(arguments):
     same(PP2 + arguments)
