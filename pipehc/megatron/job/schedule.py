@@ -110,7 +110,12 @@ def forward_backward_func(
 
 
 class ForwardBackward:
-    """Runs our programs on the chunks of a Megatron job. See `forward_backward_func`."""
+    """Runs our programs on the chunks of a Megatron job. See `forward_backward_func`.
+
+    What runs them on other terms (`dry_rank`) overrides `stage_type` and `own_observers`.
+    """
+
+    stage_type = ChunkStage
 
     def __init__(
         self,
@@ -184,9 +189,9 @@ class ForwardBackward:
         mailbox = self._mailbox(config, decoder_seq_length or seq_length, micro_batch_size, streams_of(chunks), groups)
         self._announce(program, chunks)
         tracing = self._tracing.observers(forward_only, pipeline.rank(), self._device, self._queues)
-        observers: list[Any] = [self._hang.watchdog, *tracing]
+        observers: list[Any] = [self._hang.watchdog, *self.own_observers(), *tracing]
         stages = {
-            (lane, stage): ChunkStage(
+            (lane, stage): self.stage_type(
                 chunk, self._chains[chunk], megatron_place(placement, stage), (stage == 0, stage + 1 == placement.stages),
                 self._queues, step, own, recompute=recompute, watch=node_watch(observers, lane, stage),
             )
@@ -243,6 +248,10 @@ class ForwardBackward:
             groups.tp_dp_cp = replicas[groups.tp_dp_cp]
         with exchanged(replicas):  # 0.17 asks its parallel state for the group that sums the token counts of experts
             config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+
+    def own_observers(self) -> list[Any]:
+        """Of every instruction."""
+        return []
 
     # -- made or said once
 
