@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,51 +12,25 @@ from pipehc.comm.queues import IssueQueue
 from pipehc.config.loading import ConfigError, check_world_size
 from pipehc.config.schema import Config
 from pipehc.config.stages import build_schedule
-from pipehc.kernels.language import noting
 from pipehc.megatron import meta
 from pipehc.megatron.trainer.model import StageModel
 from pipehc.model.stage import ModelStage
+from pipehc.planning.dry_run.counting import counting, persistent
 from pipehc.planning.dry_run.hardware import Hardware
+from pipehc.planning.dry_run.job import job_of
+from pipehc.planning.dry_run.observer import Observer, TellingStage
 from pipehc.planning.dry_run.peaks import peak
+from pipehc.planning.dry_run.processes import side_by_side
 from pipehc.planning.dry_run.rank_run import RankRun
 from pipehc.planning.dry_run.shortened import distinct_ranks, shortened
 from pipehc.planning.dry_run.summary import DryRun, assemble
 from pipehc.planning.dry_run.tracker import Tracker, Where
 from pipehc.schedules import Schedule, compile
-from pipehc.schedules.program import Instruction, Run
 from pipehc.trainer import Trainer
-from pipehc.watch.trace import Node
 
 
-class _Observer:
-    """Tells a tracker where the program is: in a node of an action, else in an instruction."""
-
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
-
-    def begin(self, instruction: Instruction) -> None:
-        if isinstance(instruction, Run):
-            kind, stage, microbatch, _ = instruction.action
-            self._tracker.enter(Where("B" if kind == "I" else kind, stage, microbatch))
-        else:
-            self._tracker.enter(Where("step", node=type(instruction).__name__))
-
-    def end(self, instruction: Instruction) -> None:
-        self._tracker.leave()
-
-    def node(self, of: Node) -> Callable[[], None]:
-        self._tracker.enter(Where(of.kind, of.stage, of.microbatch, of.name, of.queue))
-        return self._tracker.leave
-
-
-class _Stage(ModelStage):
-    """Tells its W even where it is a part of a B."""
-
-    def backward_weight(self, microbatch: int) -> None:
-        assert self._watch is not None
-        ended = self._watch("W", microbatch, "", "compute")
-        super().backward_weight(microbatch)
-        ended()
+class _Stage(TellingStage, ModelStage):
+    """The trainer's."""
 
 
 class DryTrainer(Trainer):
@@ -72,7 +42,7 @@ class DryTrainer(Trainer):
         self._tracker = tracker
         super().__init__(config, schedule)
         self.queues = dict.fromkeys(("compute", "high", "communication"), IssueQueue())
-        self.observers.append(_Observer(tracker))
+        self.observers.append(Observer(tracker))
         if self._gain is not None:  # its small product of all maps is made on the host
             finish = self._gain.finish
             self._gain.finish = lambda: self._on_host(finish)  # type: ignore[method-assign]
@@ -131,17 +101,11 @@ def counted(
     check_world_size(config, world)
     tracker = Tracker(torch.device(device), host)
     meta.install(rank * dp * parallel.tp, world, tracker.device, imbalance)
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # what a cycle holds is alive, in every run alike
-    with tracker, noting(tracker.note_kernel):
+    with counting(tracker):
         trainer = DryTrainer(config, tracker, schedule)
-        persistent = Counter[str]()
-        for block in tracker.history:
-            if block.died is None:
-                persistent[str(block.category)] += block.nbytes
+        there = persistent(tracker)
         trainer.step(1, None, None)  # type: ignore[arg-type]
-    return Counted(tracker, trainer, dict(persistent))
+    return Counted(tracker, trainer, there)
 
 
 def run_rank(
@@ -176,17 +140,11 @@ class Request(NamedTuple):
 
 
 def run_ranks(requests: Sequence[Request], processes: int | None = None) -> list[RankRun]:
-    """Runs each in a process of its own, several side by side; the results in their order.
-
-    processes: at a time; default: one a core. The caller must have no threads at work and no CUDA context: processes are forked.
-    """
-    context = multiprocessing.get_context("fork")
-    with context.Pool(min(len(requests), processes or os.cpu_count() or 1), maxtasksperchild=1) as pool:
-        return pool.map(_run, requests, chunksize=1)
+    """Runs each in a process of its own, as `side_by_side` does; the results in their order."""
+    return side_by_side(_run, requests, processes)
 
 
 def _run(request: Request) -> RankRun:
-    torch.set_num_threads(1)
     return run_rank(*request)
 
 
@@ -200,7 +158,7 @@ def dry_runs(
     """
     prepared, requests = [], []
     for config in configs:
-        own = distinct_ranks(config) if ranks is None else list(ranks)
+        own = distinct_ranks(config.placement) if ranks is None else list(ranks)
         dp = config.parallel.dp or config.smallest_dp
         check_world_size(config, config.parallel.pp * config.parallel.tp * dp)
         try:
@@ -211,7 +169,7 @@ def dry_runs(
         prepared.append((config, dp, compile(schedule, recompute=config.recompute.enabled, high=True), len(own)))
         requests += [Request(shortened(config, dp), rank, searched, imbalance) for rank in own]
     found = iter(run_ranks(requests))
-    return [assemble(config, dp, hardware, list(islice(found, count)), program) for config, dp, program, count in prepared]
+    return [assemble(job_of(config, dp), hardware, list(islice(found, count)), program) for config, dp, program, count in prepared]
 
 
 def plain(config: Config) -> Config:

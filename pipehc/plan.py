@@ -9,9 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -20,12 +18,11 @@ from rich.table import Table
 from pipehc.comm.environment import quiet_libraries
 from pipehc.config.loading import add_config_arguments, check_world_size, run_with_config
 from pipehc.config.schema import Config
-from pipehc.config.strict_yaml import ConfigError
 from pipehc.planning import parameters
 from pipehc.planning.activations import planned
+from pipehc.planning.dry_run import command
 from pipehc.planning.notes import human, live_microbatches, mebibytes, notes
-from pipehc.planning.search.question import add_search_arguments, asked, question, write
-from pipehc.planning.search.report import show as show_layouts
+from pipehc.planning.search import question
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -125,15 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     dry = parser.add_argument_group("dry run", "memory, time and costs of the real program, run without GPU and data")
     dry.add_argument("--dry-run", action="store_true", help="make one")
-    dry.add_argument("--gpu", default="h100", metavar="GPU", help="a100, b200, h100, h200 or a .yaml file (default: %(default)s)")
-    dry.add_argument("--ranks", metavar="R,R", help="pipeline ranks to run (default: those that differ)")
-    dry.add_argument("--imbalance", default="1", metavar="X", help="rows of the busiest rank's experts, of the mean (default: 1)")
-    dry.add_argument("--html", metavar="FILE", help="draw the simulated step")
-    add_search_arguments(parser)
+    command.add_arguments(dry)
+    question.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
 
     def body(config: Config) -> int:
-        if asked(args):
+        if question.asked(args):
             return _search(config, args)
         if args.dry_run:
             return _dry_run(config, args)
@@ -148,81 +142,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dry_run(config: Config, args: argparse.Namespace) -> int:
-    from pipehc.planning.dry_run.hardware import load_hardware
-
-    hardware = load_hardware(args.gpu)
-    ranks, last = None, config.parallel.pp - 1
-    if args.ranks is not None:
-        allowed = f"pipeline ranks from 0 to parallel.pp - 1 = {last}, with commas between them"
-        ranks = [_number(text, "--ranks", int, allowed) for text in args.ranks.split(",")]
-        if not all(0 <= rank <= last for rank in ranks):
-            raise ConfigError(f"--ranks {args.ranks}: must be {allowed}")
-    imbalance = _imbalance(args)
+    asked = command.asked(args, config.parallel.pp, "parallel.pp")
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
     from pipehc.dry_run import dry_runs, plain
-    from pipehc.planning.dry_run.report import show as show_dry_run
-    from pipehc.planning.dry_run.summary import summary
 
     configs = [config] if config.residual.kind == "none" else [config, plain(config)]
-    found = dry_runs(configs, hardware, ranks, imbalance)
-    results = [summary(dry) for dry in found]
-    if args.html:
-        _draw(found[0], args.html)
-    if args.json:
-        print(json.dumps(results[0] | {"plain_residual": results[1] if len(results) > 1 else None}, indent=2))
-    else:
-        show_dry_run(results[0], results[1] if len(results) > 1 else None, _console())
+    found = dry_runs(configs, asked.hardware, asked.ranks, asked.imbalance)
+    command.show(found[0], found[1] if len(found) > 1 else None, args)
     return 0
 
 
 def _search(config: Config, args: argparse.Namespace) -> int:
-    wanted = question(args, _imbalance(args))
+    wanted = question.question(args)
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from pipehc.layout_search import as_data, search_layouts
+    from pipehc.planning.search.report import show as show_layouts
 
     found = search_layouts(config, wanted)
     if args.json:
         print(json.dumps(as_data(found, wanted), indent=2))
     else:
-        show_layouts(as_data(found, wanted), _console())
+        # A pipe or a file has no width of its own: rich would take 80 columns.
+        show_layouts(as_data(found, wanted), Console(highlight=False, width=None if sys.stdout.isatty() else 100))
     if wanted.write is not None:
-        write(found.fitting[0].config, wanted.write)
+        question.write(found.fitting[0].config, wanted.write)
     return 0
-
-
-def _imbalance(args: argparse.Namespace) -> float:
-    imbalance = _number(args.imbalance, "--imbalance", float, "a number from 1 on")
-    if not 1 <= imbalance < float("inf"):
-        raise ConfigError(f"--imbalance {args.imbalance}: must be a number from 1 on")
-    return imbalance
-
-
-def _draw(dry: Any, path: str) -> None:
-    from pipehc.schedules.draw.page import page
-    from pipehc.schedules.draw.timeline import simulated
-
-    if dry.step is None:
-        raise ConfigError("--html: the step is not simulated without all stages: leave out --ranks")
-    title = f"{dry.config.schedule.name} on {dry.hardware.name}: simulated from a dry run"
-    try:
-        Path(path).write_text(page([replace(simulated(dry.program, dry.step.costs, title), unit="ms")]), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--html {path}: cannot be written: {error}") from error
-
-
-def _console() -> Console:
-    """A pipe or a file has no width of its own: rich would take 80 columns."""
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
-
-
-def _number(text: str, flag: str, type: Callable[[str], Any], allowed: str) -> Any:
-    try:
-        return type(text)
-    except ValueError:
-        raise ConfigError(f"{flag} {text}: must be {allowed}") from None
 
 
 def _join(numbers: Sequence[int]) -> str:

@@ -26,6 +26,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipehc.watch.profiles import files, nsight, recorded, torch_profiler
@@ -85,7 +86,8 @@ def show(ranks: Sequence[Rank], console: Console) -> None:
     for r in ranks:
         parts = (_part(ms, r.total) for ms in (r.compute, r.bubble, r.communication, r.exposed, r.copies, r.recompute))
         hidden = f"{r.hidden:.1f} ({100 * r.hidden / r.recompute:.0f} %)" if r.recompute else ""
-        table.add_row(r.name, _ms(r.total, r.total), *parts, hidden, "-" if r.high_delay is None else _ms(r.high_delay, r.total))
+        high_delay = "-" if r.high_delay is None else _ms(r.high_delay, r.total)
+        table.add_row(escape(r.name), _ms(r.total, r.total), *parts, hidden, high_delay)
     console.print(table)
     lines = []
     for r in ranks:
@@ -127,9 +129,12 @@ def _streams(text: str) -> frozenset[int]:
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:
     try:
-        return None if text is None else re.compile(text)
+        found = None if text is None else re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"--communication {text}: must be a regular expression: {error}") from None
+    if found is not None and found.search(""):
+        raise ValueError(f"--communication {text!r}: matches every name; must match those of kernels that communicate")
+    return found
 
 
 def _named(found: Sequence[tuple[Path, Rank]]) -> list[Rank]:

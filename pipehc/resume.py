@@ -135,6 +135,9 @@ def _choose(config: Config, newest: Path | None, data: DataInfo, job: str | None
     if named is None:
         return Start(None, key, False, False, (Origin("new", None, None, job),), ())
     path = Path(named)
+    own_folder = (Path(config.run.folder) / "checkpoints").resolve()
+    if kind == "weights" and own_folder in path.resolve().parents:
+        raise ValueError(f"{key}: lies in the run folder itself; set another run.folder for the new training")
     found = _read(path, key)
     notes = _compare(config, found, path, key, data, weights_only=kind == "weights")
     origin = Origin(kind, str(path.resolve()), manifest.identity(path), job)

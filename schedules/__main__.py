@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,10 @@ _TIMES = {
     "link": ("time a message holds its directed link", 0.0),
     "latency": ("added after it", 0.0),
 }
+
+
+_SIZES = ("ranks", "microbatches", "chunks", "forward")
+_SEARCH = ("max_live", "placements", "time_limit", "seed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         times.add_argument(f"--{name}", type=float, default=default, help=text)
     search = show.add_argument_group("auto")
     search.add_argument("--max-live", type=float, metavar="N", help="activations of 1/P of the model that fit on a rank")
-    search.add_argument("--placements", default="linear,v,bidirectional", help="where stages may lie (default: %(default)s)")
-    search.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds (default: %(default)g)")
-    search.add_argument("--seed", type=int, default=0)
+    search.add_argument("--placements", metavar="P,P", help="where stages may lie (default: linear,v,bidirectional)")
+    search.add_argument("--time-limit", type=float, metavar="S", help="seconds (default: 10)")
+    search.add_argument("--seed", type=int, metavar="N", help="default: 0")
     files = show.add_argument_group("files", "written instead of the grid in the terminal; several may be given")
     for name in ("csv", "svg", "png", "html"):
         files.add_argument(f"--{name}", metavar="FILE")
@@ -87,12 +91,24 @@ def _of_schedules(options: argparse.Namespace) -> list[Timeline]:
         raise ValueError(f"{' '.join(options.names)}: several names are for recorded steps; a second schedule is --compare NAME2")
     if options.step is not None:
         raise ValueError(f"--step {options.step}: is for recorded steps")
-    costs = Costs(**{name: getattr(options, name) for name in _TIMES})
     names = options.names + ([options.compare] if options.compare else [])
+    if "auto" not in names:
+        _refuse(options, _SEARCH, "only auto takes it")
+    if all(name.endswith(".csv") for name in names):
+        _refuse(options, _SIZES, "a CSV file has its own schedule")
+    costs = Costs(**{name: getattr(options, name) for name in _TIMES})
     schedules = [_schedule(name, options, costs) for name in names]
     if _only_csv(schedules, options):
         return []
     return [simulated(compile(schedule, recompute=costs.r > 0, high=costs.high > 0), costs) for schedule in schedules]
+
+
+def _refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """ValueError for the first of these options that was given."""
+    for name in names:
+        value, default = getattr(options, name), _TIMES[name][1] if name in _TIMES else None
+        if value != default and value is not False:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {why}")
 
 
 def _of_recordings(recordings: list[Recording], options: argparse.Namespace) -> list[Timeline]:
@@ -100,6 +116,7 @@ def _of_recordings(recordings: list[Recording], options: argparse.Namespace) -> 
     others = [name for name in options.names if not name.endswith(".json")]
     if others or options.compare:
         raise ValueError(f"{others[0] if others else '--compare'}: recorded steps are shown below their own simulations, alone")
+    _refuse(options, (*_SIZES, *_SEARCH, *_TIMES), "recorded steps have their own")
     if options.step is not None:
         there = ", ".join(sorted({str(r.step) for r in recordings if r.step is not None})) or "files that do not number them"
         recordings = [recording for recording in recordings if recording.step == options.step]
@@ -133,15 +150,17 @@ def _schedule(name: str, options: argparse.Namespace, costs: Costs) -> Schedule:
     if name == "auto":
         if options.forward:
             raise ValueError("auto: searches training steps; for --forward name a family")
-        places = tuple(options.placements.split(","))
-        sizes = options.ranks, options.microbatches
-        found = auto_report(*sizes, costs, options.max_live, places, options.time_limit, options.seed)
+        places = tuple((options.placements or "linear,v,bidirectional").split(","))
+        limit = 10.0 if options.time_limit is None else options.time_limit
+        found = auto_report(options.ranks, options.microbatches, costs, options.max_live, places, limit, options.seed or 0)
         best = "" if found.named is None else f"; best named schedule {found.named}: {found.named_makespan:g}"
         print(f"auto: step {found.makespan:g}, proven lower bound {found.lower_bound:g}{best}", file=sys.stderr)
         return found.schedule
     # In a comparison, chunks are meant for the one schedule that takes them.
     chunks = None if options.compare and name in FAMILIES and FAMILIES[name].chunks is None else options.chunks
-    return build(name, options.ranks or 1, options.microbatches or 1, chunks=chunks, forward=options.forward)
+    # An unknown name is told first: then nobody has asked for sizes.
+    sizes = (1 if size is None else size for size in (options.ranks, options.microbatches))
+    return build(name, *sizes, chunks=chunks, forward=options.forward)
 
 
 def _write(timelines: list[Timeline], options: argparse.Namespace) -> bool:

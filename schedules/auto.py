@@ -84,7 +84,7 @@ def auto_report(
     """
     if ranks < 1 or microbatches < 1:
         raise ValueError(f"ranks = {ranks}, microbatches = {microbatches}: must be at least 1")
-    if time_limit <= 0:
+    if not time_limit > 0:  # nan is not, either
         raise ValueError(f"time_limit = {time_limit}: must be more than 0 seconds")
     if max_live is not None and max_live <= 0:
         raise ValueError(f"max_live = {max_live}: must be more than 0")

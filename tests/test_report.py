@@ -251,6 +251,7 @@ def test_a_pattern_of_the_users_names_communication(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--communication", ""], "error: --communication '': matches every name"),
         (["--communication", "("], "error: --communication (: must be a regular expression: missing )"),
         (["--communication", "*"], "error: --communication *: must be a regular expression"),
         (["--communication", "a{99999999999}"], "error: --communication a{99999999999}: must be a regular expression"),

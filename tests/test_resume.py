@@ -139,6 +139,9 @@ def test_weights_alone(tmp_path: Path) -> None:
     assert "did not start there" in said and "checkpoint.resume=never" in said and "at step 3" in said
     assert Run(b, f"checkpoint.weights={step(a, 2)}", "checkpoint.resume=never", *longer, data=OTHER_DATA).start.weights_only
     assert (b / "checkpoints-1" / "step-00000003").is_dir()
+    inside = b / "checkpoints-1" / ".." / "checkpoints" / "step-00000003"
+    said = refused(b, f"checkpoint.weights={inside}", "checkpoint.resume=never")
+    assert "lies in the run folder itself" in said
     said = refused(tmp_path / "c", wish, "residual.exit=sum")
     assert "residual.exit: 'mean' in the checkpoint, now 'sum'" in said and "checkpoint.allow_changes=[residual.exit]" in said
     said = refused(tmp_path / "c", wish, data=OTHER_DATA._replace(vocabulary="other"))

@@ -178,7 +178,7 @@ def test_weights_alone_start_a_training_of_their_own(write, tmp_path):
     result = train(config, *start, "train.steps=3", processes=1)  # goes on with its own
     assert result.returncode == 0 and "going on after step 2 of 3" in result.stdout and list(losses(new)) == [1, 2, 3]
     longer = [*alone, f"run.folder={tmp_path / 'longer'}", "train.sequence_length=32"]
-    result = train(config, *longer, weights.replace("weights", "resume"), processes=1)
+    result = train(config, *longer, weights.replace("checkpoint.weights", "checkpoint.resume"), processes=1)
     assert result.returncode == 2 and "train.sequence_length: 16 in the checkpoint, now 32" in result.stderr, result.stderr
     assert "checkpoint.weights=" in result.stderr
     assert train(config, *longer, weights, processes=1).returncode == 0

@@ -5,8 +5,8 @@ keyed by global names and cut as each rank holds them (flat_slices.py). A commit
 with their checksums synced, one rename. A crash before the rename leaves the previous checkpoint the newest, one after it
 the new one. All ranks must see the same folder (one machine, or a shared file system).
 
-Nothing else that lies there fails a save, and none of it is deleted: what is in the way of a name is renamed, what cannot be
-deleted is left with a warning, and of a link only the link goes, never what it points to.
+Nothing else that lies there fails a save: what is in the way of a name is renamed, what cannot be deleted is left with a warning,
+and of a link only the link goes, never what it points to. Only what has the name of a checkpoint is pruned as an old one.
 """
 
 import io
@@ -147,12 +147,11 @@ class Checkpoints:
         """
 
         def move() -> Path | None:
-            complete = self._complete(lambda text: None)
-            serial = next(m.serial for other, m in complete if os.path.samefile(other, path))
-            later = [other for other, m in complete if m.serial > serial]
+            serial = manifest.read(path).serial  # of a copy under another name, too
+            later = [other for other, m in self._complete(lambda text: None) if m.serial > serial]
             if not later:
                 return None
-            aside = free_name(self.folder)
+            aside = free_name(self.folder.resolve())  # beside what a link leads to: on the same disk
             aside.mkdir()
             for other in later:
                 other.rename(aside / other.name)

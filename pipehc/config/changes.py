@@ -102,7 +102,7 @@ def changes(before: Mapping[str, Mapping[str, Any]], config: Config) -> list[Cha
         new = now[section][key]
         old = before.get(section, {}).get(key, _default(section, key, new))
         if name == "residual.fixed":  # a set
-            old, new = sorted(old), sorted(new)
+            old, new = sorted(set(old)), sorted(set(new))
         if effect is not Effect.NONE and _plain(old) != _plain(new) and (_matters(name, before) or _matters(name, now)):
             found.append(Change(name, old, new, effect))
     return found

@@ -42,6 +42,13 @@ def _join_fake_group(rank: int, world_size: int) -> None:
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    new_group = dist.new_group
+
+    @functools.wraps(new_group)
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        return new_group(*args, **kwargs | {"backend": "fake", "pg_options": None})
+
+    dist.new_group = fake_group
 
 
 def _patch_object_collectives() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from rich.console import Console
+from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -113,5 +114,5 @@ def _nodes(timeline: Timeline) -> Table:
     for heading in (f"{timeline.where}all ranks, time in nodes", *(KINDS[kind][1] for kind in kinds)):
         table.add_column(heading, justify="right" if table.columns else "left")
     for name, times in spent.items():
-        table.add_row(name, *(f"{times[kind]:.1f}" if kind in times else "" for kind in kinds))
+        table.add_row(escape(name), *(f"{times[kind]:.1f}" if kind in times else "" for kind in kinds))
     return table

@@ -157,3 +157,15 @@ def test_later_ones_are_set_aside_for_a_run_that_goes_back(tmp_path: Path) -> No
     assert names(folder) == ["step-00000010"] and names(tmp_path / "checkpoints-1") == ["step-00000020", "step-00000030"]
     assert checkpoints.set_aside_later_than(folder / "step-00000010") is None
     assert names(tmp_path) == ["checkpoints", "checkpoints-1", "link"]
+
+
+def test_a_run_goes_back_to_a_copy_and_beside_what_a_link_leads_to(tmp_path: Path) -> None:
+    """Another disk, as a rule: there nothing can be renamed to where the link lies."""
+    disk = tmp_path / "disk"
+    for step in (10, 20):
+        save(disk / "run", step, keep=2)
+    shutil.copytree(disk / "run" / "step-00000010", disk / "run" / "best")
+    (tmp_path / "checkpoints").symlink_to(disk / "run")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    assert checkpoints.set_aside_later_than(tmp_path / "checkpoints" / "best") == disk / "run-1"
+    assert names(disk / "run-1") == ["step-00000020"] and names(tmp_path) == ["checkpoints", "disk"]

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pipehc.comm.environment import GPU_DEFAULTS, overlap_warnings, set_gpu_defaults
+from pipehc.comm.environment import GPU_DEFAULTS, few_queues, overlap_warnings, set_gpu_defaults
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,15 @@ def test_warns_of_what_defeats_overlap(environment, on_gpu, expected):
     assert len(found) == len(expected)
 
 
+@pytest.mark.parametrize(
+    ("connections", "few"), [("1", True), ("8", True), ("", True), (None, True), ("16", False), ("32", False), ("many", True)]
+)
+def test_streams_share_hardware_queues_where_there_are_fewer(connections, few):
+    """CUDA has 8 unless told otherwise. A CPU has none."""
+    environment = {} if connections is None else {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
+    assert few_queues(environment, on_gpu=True) == few and not few_queues(environment, on_gpu=False)
+
+
 def test_what_a_user_has_set_stays():
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
     set_gpu_defaults(environment)
@@ -49,7 +58,7 @@ def test_the_trainer_sets_them_before_it_asks_for_cuda(monkeypatch):
     def is_available():
         raise Asked(os.environ.get("CUDA_MODULE_LOADING"))
 
-    for name in ("check_world_size", "check_data", "_quiet_libraries"):
+    for name in ("check_world_size", "check_data", "quiet_libraries"):
         monkeypatch.setattr(train, name, lambda *_: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("torch.cuda.is_available", is_available)

@@ -31,7 +31,7 @@ class CountingMailbox(Mailbox):
 
     def wait(self, message):
         tensor = super().wait(message)
-        self.in_buffers += tensor.untyped_storage().data_ptr() in self._storages
+        self.in_buffers += tensor.untyped_storage()._cdata in self._storages
         return tensor
 
     def send(self, *args):

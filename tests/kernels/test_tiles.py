@@ -67,9 +67,8 @@ def test_more_than_two_to_the_31_elements(last_program):
     saved = launch_mapping(x, None, parameters, Birkhoff(2), (), True)
 
     def mapping_backward(x, f, d_x, d_y, h_post, *values):
-        got = launch_mapping_backward(
-            x, dict(zip(saved, values)), parameters, Incoming(d_y, d_x, None, None, None, (d_x, f)), h_post, Birkhoff(2), ()
-        )
+        incoming, before = Incoming(d_y, d_x, None, None, None, (d_x, f)), (h_post, f.dtype)
+        got = launch_mapping_backward(x, dict(zip(saved, values)), parameters, incoming, before, Birkhoff(2), ())
         return got.x, got.f_before
 
     check(mapping_backward, (x, f, d_x, d_y, h_post, *saved.values()))

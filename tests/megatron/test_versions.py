@@ -108,6 +108,6 @@ def test_muon_is_refused_where_it_cannot_know_replicas(monkeypatch):
     monkeypatch.setattr("megatron.core.__version__", "0.17.1")
     versions.refuse_optimizer("adam")
     with pytest.raises(
-        ValueError, match=r"optimizer = 'dist_muon': not supported .* megatron-core 0.17.1; use adam or sgd, or 0.18"
+        ValueError, match=r"optimizer = 'dist_muon'\): not supported .* megatron-core 0.17.1; use adam or sgd, or 0.18"
     ):
         versions.refuse_optimizer("dist_muon")

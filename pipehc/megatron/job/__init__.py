@@ -2,5 +2,6 @@
 
 May import what stands in `pipehc.megatron`, never `trainer`. Begin with `enable.py` (what it replaces, and when), then
 `schedule.py` (one step) and `chunk.py` (a model chunk as a stage). An option of Megatron that cannot work is a line in the
-tables of `refusals.py` (model, DDP) or `job_refusals.py` (arguments of megatron.training).
+tables of `refusals.py` (model, DDP) or `job_refusals.py` (arguments of megatron.training). `dry_run.py` launches a script without
+GPUs (`dry_job.py`: its ranks; `dry_rank.py`: one of them).
 """

@@ -15,11 +15,14 @@ import torch
 
 from pipehc.megatron import cpu
 
+_CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "empty", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "as_tensor")
 
 
-def install() -> None:
+def install(device: torch.device = _CPU) -> None:
     """Patch torch.cuda and Megatron for CPU tensors and gloo; a second call changes nothing.
+
+    device: what stands for "cuda"; meta in a dry run.
 
     Raises:
         RuntimeError: if CUDA is available, where every one of these patches would be wrong.
@@ -29,7 +32,7 @@ def install() -> None:
         return
     install.done = True  # type: ignore[attr-defined]
     _patch_device()
-    _patch_factories()
+    _patch_factories(device)
     _patch_streams()
     _patch_random_state()
     _patch_norm()
@@ -60,7 +63,7 @@ def _patch_device() -> None:
     torch.cuda.nvtx.range_pop = lambda *args, **kwargs: None  # type: ignore[assignment]
 
 
-def _patch_factories() -> None:
+def _patch_factories(there: torch.device) -> None:
     """Tensors that are made on, or moved to, "cuda"."""
 
     def on_cuda(device: Any) -> bool:
@@ -68,31 +71,31 @@ def _patch_factories() -> None:
             isinstance(device, torch.device) and device.type == "cuda"
         )
 
-    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def exchanged(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
         def make(*args: Any, **kwargs: Any) -> Any:
             if on_cuda(kwargs.get("device")):
-                kwargs["device"] = "cpu"
+                kwargs["device"] = there
             kwargs.pop("pin_memory", None)
             return factory(*args, **kwargs)
 
         return make
 
     for name in _FACTORIES:
-        setattr(torch, name, on_cpu(getattr(torch, name)))
+        setattr(torch, name, exchanged(getattr(torch, name)))
     to = torch.Tensor.to
 
     @functools.wraps(to)
-    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to_there(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and on_cuda(args[0]):
-            args = ("cpu", *args[1:])
+            args = (there, *args[1:])
         if on_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = there
         return to(self, *args, **kwargs)
 
-    torch.Tensor.to = to_cpu  # type: ignore[assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.Tensor.to = to_there  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: to(self, there)  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self.to(there)  # type: ignore[assignment,method-assign]
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
 
 

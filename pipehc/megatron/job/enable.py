@@ -39,7 +39,8 @@ def enable(
     is built with hyper-connections. In a job that runs megatron.training it also takes care of model chunks, gradient groups, data
     iterators and checkpoints; any other loop (Megatron Bridge, a hand-written one) builds its chunks as before where a placement is
     Megatron's own (1f1b, gpipe, zb_h1, interleaved), and with `build_model_chunks` and `wrap_model_chunks` elsewhere. The first
-    step refuses chunks that are not built so.
+    step refuses chunks that are not built so. What a script with it needs in memory and time says, before there is a GPU,
+    `python -m pipehc.megatron.job.dry_run` in the place of torchrun.
 
     Args:
         schedule, options: as for `forward_backward_func`; "megatron" keeps Megatron's own schedule, and takes no options.

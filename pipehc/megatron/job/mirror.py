@@ -48,8 +48,7 @@ def _mirrored_groups(pipeline: dist.ProcessGroup) -> dict[Any, Any]:
     }
     ranks = {name: dist.get_process_group_ranks(value) for name, value in own.items()}
     mirror = dist.get_process_group_ranks(pipeline)[::-1][pipeline.rank()]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (ranks, mirror))
+    everyone = gathered((ranks, mirror))
     made: dict[tuple[str, tuple[int, ...]], Any] = {}
     found: dict[Any, Any] = {}
     for name, value in own.items():
@@ -60,6 +59,13 @@ def _mirrored_groups(pipeline: dist.ProcessGroup) -> dict[Any, Any]:
                 made[backend, union] = dist.new_group(list(union), backend=backend)
         found[value] = made[backend, unions[dist.get_rank()]]
     return found
+
+
+def gathered(own: Any) -> list[Any]:
+    """What every rank of the world has. Collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
 
 
 def equalize(chunks: Sequence[nn.Module], held: Sequence[tuple[int, int]]) -> None:

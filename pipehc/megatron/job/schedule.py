@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipehc.megatron.job.feedback import gain_feedback
 from pipehc.megatron.job.grad_sync import early_reduction, reduces_early, refuse_param_sync, start_gathers, without_grad_sync
 from pipehc.megatron.job.hang import HangReport
 from pipehc.megatron.job.mirror import mirrored_groups
+from pipehc.megatron.job.option_values import is_positive, is_whole, refuse_unless
 from pipehc.megatron.job.position import exchanged, held_stages, megatron_place
 from pipehc.megatron.job.promise import keeping_promise
 from pipehc.megatron.job.refusals import BUILD, refuse_call, refuse_model, refuse_places, refuse_unmirrored, refusing_everywhere
@@ -92,19 +94,28 @@ def forward_backward_func(
     refuse_unknown_options(schedule, {name: value for name, value in run.items() if value != defaults[name]} | search)
     if schedule == "megatron":
         return MegatronsOwn()
-    if timeout_s <= 0:
-        raise ValueError(f"timeout_s = {timeout_s}: must be more than 0 seconds")
-    if recompute_block is not None and recompute_block < 1:
-        raise ValueError(f"recompute_block = {recompute_block}: must be at least 1, or None for all sub-layers of a chunk")
-    if trace_steps is not None and not 1 <= trace_steps[0] <= trace_steps[1]:
-        raise ValueError(f"trace_steps = {trace_steps}: must be (first, last) with 1 <= first <= last, or None")
+    refuse_unless(is_positive(timeout_s), "timeout_s", timeout_s, "more than 0 seconds")
+    block = recompute_block is None or is_whole(recompute_block, 1)
+    refuse_unless(block, "recompute_block", recompute_block, "at least 1, or None for all sub-layers of a chunk")
+    steps = trace_steps is None or (
+        isinstance(trace_steps, (tuple, list)) and len(trace_steps) == 2 and all(is_whole(step, 1) for step in trace_steps)
+        and trace_steps[0] <= trace_steps[1]
+    )  # fmt: skip
+    refuse_unless(steps, "trace_steps", trace_steps, "(first, last) with 1 <= first <= last, or None")
+    for name, folder in (("trace_folder", trace_folder), ("watchdog_folder", watchdog_folder)):
+        refuse_unless(isinstance(folder, (str, PathLike)) and bool(str(folder)), name, folder, "a path")
     tracing = Tracing(trace_steps, Path(trace_folder), nvtx)
     hang = HangReport(timeout_s, Path(watchdog_folder))
     return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, tracing, hang)
 
 
 class ForwardBackward:
-    """Runs our programs on the chunks of a Megatron job. See `forward_backward_func`."""
+    """Runs our programs on the chunks of a Megatron job. See `forward_backward_func`.
+
+    What runs them on other terms (`dry_rank`) overrides `stage_type` and `own_observers`.
+    """
+
+    stage_type = ChunkStage
 
     def __init__(
         self,
@@ -178,9 +189,9 @@ class ForwardBackward:
         mailbox = self._mailbox(config, decoder_seq_length or seq_length, micro_batch_size, streams_of(chunks), groups)
         self._announce(program, chunks)
         tracing = self._tracing.observers(forward_only, pipeline.rank(), self._device, self._queues)
-        observers: list[Any] = [self._hang.watchdog, *tracing]
+        observers: list[Any] = [self._hang.watchdog, *self.own_observers(), *tracing]
         stages = {
-            (lane, stage): ChunkStage(
+            (lane, stage): self.stage_type(
                 chunk, self._chains[chunk], megatron_place(placement, stage), (stage == 0, stage + 1 == placement.stages),
                 self._queues, step, own, recompute=recompute, watch=node_watch(observers, lane, stage),
             )
@@ -237,6 +248,10 @@ class ForwardBackward:
             groups.tp_dp_cp = replicas[groups.tp_dp_cp]
         with exchanged(replicas):  # 0.17 asks its parallel state for the group that sums the token counts of experts
             config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+
+    def own_observers(self) -> list[Any]:
+        """Of every instruction."""
+        return []
 
     # -- made or said once
 

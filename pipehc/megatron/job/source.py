@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pipehc.schedules import FAMILIES, Costs, Placement, Schedule, ScheduleError, build
+from pipehc.megatron.job.option_values import is_positive, is_whole, refuse_unless
+from pipehc.schedules import FAMILIES, Costs, Placement, Schedule, build
 from pipehc.schedules.auto import SEARCHED, AutoReport, auto_report
 from pipehc.schedules.families.forward import forward_only as forward_rows
 from pipehc.schedules.placement import looped
@@ -147,8 +148,12 @@ class Searched:
         time_limit: float = 10.0,
         seed: int = 0,
     ) -> None:
-        if placement not in SEARCHED:
-            raise ValueError(f"placement = {placement!r}: must be one of {', '.join(SEARCHED)}")
+        refuse_unless(costs is None or isinstance(costs, Costs), "costs", costs, "a Costs of pipehc.schedules, or None")
+        known = isinstance(placement, str) and placement in SEARCHED
+        refuse_unless(known, "placement", placement, f"one of {', '.join(SEARCHED)}")
+        refuse_unless(max_live is None or is_positive(max_live), "max_live", max_live, "a number above 0, or None")
+        refuse_unless(is_positive(time_limit), "time_limit", time_limit, "a number of seconds above 0")
+        refuse_unless(is_whole(seed, 0), "seed", seed, "a whole number from 0 on")
         self._costs, self._placement, self._default_costs = costs or Costs(), placement, costs is None
         self._options: dict[str, Any] = {"max_live": max_live, "time_limit": time_limit, "seed": seed}
         self._found: dict[int, Schedule] = {}
@@ -166,8 +171,8 @@ class Searched:
                 try:
                     report = auto_report(ranks, microbatches, self._costs, placements=(self._placement,), **self._options)
                     found, self._reports[microbatches] = [report.schedule], report
-                except (ValueError, ScheduleError) as error:
-                    found = [str(error)]
+                except Exception as error:  # whatever it is: the other ranks wait for an answer
+                    found = [str(error) if isinstance(error, ValueError) else repr(error)]
             dist.broadcast_object_list(found, src=0)
             if isinstance(found[0], str):
                 raise ValueError(f"schedule = 'auto': {found[0]}")

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, Tr
 from pydantic import ValidationError
 
 from pipehc.config.schema import ResidualConfig
+from pipehc.megatron.job.option_values import refuse_unless
 from pipehc.megatron.layer import HyperConnectionLayer
 
 Residual = ResidualConfig | Mapping[str, Any] | str
@@ -43,7 +44,8 @@ def residual_settings(residual: Residual) -> ResidualConfig:
     """The checked settings. Raises ValueError naming key, value and what is allowed."""
     if isinstance(residual, ResidualConfig):
         return residual
-    given = {"kind": residual} if isinstance(residual, str) else dict(residual)
+    given = {"kind": residual} if isinstance(residual, str) else residual
+    refuse_unless(isinstance(given, Mapping), "residual", residual, "a kind, a mapping of settings, or None")
     try:
         settings = ResidualConfig(**given)
     except ValidationError as error:

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pipehc.config.schema import Config
 from pipehc.config.stages import build_schedule
-from pipehc.schedules import Schedule, check
+from pipehc.schedules import Placement, Schedule, check
 
 
-def distinct_ranks(config: Config) -> list[int]:
+def distinct_ranks(placement: Placement) -> list[int]:
     """Pipeline ranks that differ: with two replicas of every stage, mirrored ranks do the same."""
-    ranks = config.parallel.pp
-    return list(range(ranks // 2 if config.placement.lanes == 2 and ranks > 1 else ranks))
+    ranks = placement.ranks
+    return list(range(ranks // 2 if placement.lanes == 2 and ranks > 1 else ranks))
+
+
+def fewest_microbatches(build: Callable[[int], Schedule], whole: int) -> int:
+    """So many that only the length of the step changes: no rank keeps fewer of them.
+
+    build: the schedule of so many, which may raise ValueError for all but `whole`.
+    """
+    schedule = build(whole)
+    live = check(schedule).peak_live
+    for microbatches in range(2 * schedule.ranks + 4, whole):
+        try:
+            found = check(build(microbatches)).peak_live
+        except ValueError:
+            continue
+        if found == live:
+            return microbatches
+    return whole
 
 
 def shortened(config: Config, dp: int) -> Config:
-    """The configuration with as few micro-batches as change nothing but the length of the step: where no rank keeps fewer of them.
+    """The configuration with as few micro-batches as change nothing but the length of the step.
 
     A searched schedule is one for its number of micro-batches, and stays.
     """
-    whole = config.microbatches(dp)
     if config.schedule.name == "auto":
         return config
-    live = check(build_schedule(config, config.parallel.pp, whole)).peak_live
-    for microbatches in range(2 * config.parallel.pp + 4, whole):
-        found = _schedule(config, microbatches)
-        if found is not None and check(found).peak_live == live:
-            batch = microbatches * dp * config.train.micro_batch
-            return config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})
-    return config
-
-
-def _schedule(config: Config, microbatches: int) -> Schedule | None:
-    try:
-        return build_schedule(config, config.parallel.pp, microbatches)
-    except ValueError:
-        return None
+    microbatches = fewest_microbatches(lambda n: build_schedule(config, config.parallel.pp, n), config.microbatches(dp))
+    batch = microbatches * dp * config.train.micro_batch
+    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})

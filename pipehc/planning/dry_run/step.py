@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pipehc.planning.dry_run.hardware import Link
 from pipehc.planning.dry_run.roofline import Cost
 from pipehc.planning.dry_run.tables import Key
 from pipehc.schedules import Costs, Program, SimulationResult, simulate
-from pipehc.schedules.program import Run
 
-Table = Mapping[Key, Cost]
+NodeCost = tuple[str, str, Cost]
+"""Name, empty outside of nodes; queue; and what it launches for one micro-batch."""
+Nodes = Mapping[Key, Sequence[NodeCost]]
+"""By stage and action."""
 
 
 class Step(NamedTuple):
     """Simulated. ms: from the first forward to the new weights. pipeline: its simulation, in ms, and what it was fed with.
-    sums_ms: what the sums of gradients add after it. optimizer_ms: after those. exposed_exchange_ms: of the fullest rank,
-    all-to-alls that nothing hides."""
+    sums_ms: what the sums of gradients add after it. optimizer_ms: after those."""
 
     ms: float
     pipeline: SimulationResult
     costs: Costs
     sums_ms: float
     optimizer_ms: float
-    exposed_exchange_ms: float
 
 
-def simulated(program: Program, table: Table, message_bytes: int, link: Link, sums_ms: float, optimizer_ms: float) -> Step:
-    """The step of a program whose stages cost what `table` says.
+def simulated(program: Program, nodes: Nodes, message_bytes: int, link: Link, sums_ms: float, optimizer_ms: float) -> Step:
+    """The step of a program whose stages cost what `nodes` says. link: between pipeline neighbours. For the rest see `stepped`."""
+    return stepped(program, simulation_costs(nodes, message_bytes, link), sums_ms, optimizer_ms)
 
-    link: between pipeline neighbours. sums_ms: how long the gradients of a rank take to be summed, in equal parts for its stages.
+
+def stepped(program: Program, costs: Costs, sums_ms: float, optimizer_ms: float) -> Step:
+    """The step of a program under `costs`, in ms.
+
+    sums_ms: how long the gradients of a rank take to be summed, in equal parts for its stages. optimizer_ms: what comes after.
     """
-    costs = simulation_costs(program, table, message_bytes, link)
     result, ranks = simulate(program, costs), range(program.schedule.ranks)
-    left = max(_sums_end(program, result, rank, sums_ms) for rank in ranks) - result.makespan
-    exposed = max(_exposed(program, table, rank) for rank in ranks)
-    sums_ms = max(0.0, left)
-    return Step(result.makespan + sums_ms + optimizer_ms, result, costs, sums_ms, optimizer_ms, exposed)
+    sums_ms = max(0.0, max(_sums_end(program, result, rank, sums_ms) for rank in ranks) - result.makespan)
+    return Step(result.makespan + sums_ms + optimizer_ms, result, costs, sums_ms, optimizer_ms)
 
 
 def _sums_end(program: Program, result: SimulationResult, rank: int, sums_ms: float) -> float:
@@ -50,39 +52,25 @@ def _sums_end(program: Program, result: SimulationResult, rank: int, sums_ms: fl
     return end
 
 
-def simulation_costs(program: Program, table: Table, message_bytes: int, link: Link) -> Costs:
-    """What the simulator is told: stages differ by one factor each, and pairs hide all of their all-to-alls."""
-    placement = program.schedule.placement
-    stages = range(placement.stages)
-
-    def mean(kind: str, exchange: bool = True) -> float:
-        ms = (table[s, kind].ms if exchange else _alone(table[s, kind]) for s in stages if (s, kind) in table)
-        return sum(ms) / len(stages) / placement.share
-
-    whole = [sum(table[s, kind].ms for kind in "FBW") for s in stages]
-    return Costs(
-        f=mean("F"),
-        b=mean("B"),
-        w=mean("W"),
-        r=mean("R"),
-        pair=sum(mean(kind, exchange=False) for kind in "FBW"),
-        link=1e3 * message_bytes / link.rate,
-        latency=1e-3 * link.latency_us,
-        weights=tuple(ms * len(whole) / sum(whole) for ms in whole),
-    )
+def simulation_costs(nodes: Nodes, message_bytes: int, link: Link) -> Costs:
+    """What the simulator is told: the nodes of every F, B and W, and the time of every R."""
+    rows = {(stage, kind): _rows(nodes[stage, "F"], found, kind) for (stage, kind), found in nodes.items() if kind != "R"}
+    again = {key: sum(cost.ms for _, _, cost in found) for key, found in nodes.items() if key[1] == "R"}
+    return Costs(table=again, nodes=rows, link=1e3 * message_bytes / link.rate, latency=1e-3 * link.latency_us)
 
 
-def _alone(cost: Cost) -> float:
-    return max(cost.device_ms, cost.host_ms)
+def _rows(forward: Sequence[NodeCost], found: Sequence[NodeCost], kind: str) -> list[tuple[str, str, float]]:
+    """What is outside of nodes goes to the last one; of W, to all in proportion: outside of pairs nothing says whose it is."""
+    named = [(name, queue, cost.ms) for name, queue, cost in found if name] or [(forward[0][0], "compute", 0.0)]
+    rest = sum(cost.ms for name, _, cost in found if not name)
+    of_nodes = sum(ms for *_, ms in named)
+    if kind == "W" and of_nodes:
+        return [(name, queue, ms * (1 + rest / of_nodes)) for name, queue, ms in named]
+    name, queue, ms = named[-1]
+    return [*named[:-1], (name, queue, ms + rest)]
 
 
-def _exposed(program: Program, table: Table, rank: int) -> float:
-    """All-to-alls of actions outside of pairs: nothing runs beside them."""
-    runs = [i for i in program.instructions[rank] if isinstance(i, Run) and i.pair is None]
-    return sum(table[i.action.stage, "B" if i.action.kind == "I" else i.action.kind].exchange_ms for i in runs)
-
-
-def model_flops(table: Table) -> float:
+def model_flops(table: Mapping[Key, Cost]) -> float:
     """FLOPs of one micro-batch through the whole model: three times those of its forward, as is usual, without recomputation and
     without what hyper-connections add."""
     return 3 * sum(cost.products for (_, kind), cost in table.items() if kind == "F")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipehc.config.schema import Config
 from pipehc.planning.dry_run.hardware import Hardware
+from pipehc.planning.dry_run.job import Job
 from pipehc.planning.dry_run.operations import Operation
 from pipehc.planning.dry_run.rank_run import RankRun
 from pipehc.planning.dry_run.roofline import Cost, collectives, cost, device_ms
-from pipehc.planning.dry_run.step import Step, Table, model_flops, simulated
+from pipehc.planning.dry_run.step import Step, model_flops, simulated
 from pipehc.planning.dry_run.tables import Key, NodeWork, actions, phase
 from pipehc.planning.dry_run.warnings import warnings
 from pipehc.schedules import Program
@@ -21,34 +21,33 @@ ORDER = "FRBW"
 
 
 class DryRun(NamedTuple):
-    """Of one configuration. runs: of the ranks that were run. step: None where they do not hold all stages between them."""
+    """Of one job. runs: of the ranks that were run. step: None where they do not hold all stages between them."""
 
-    config: Config
-    dp: int
+    job: Job
     hardware: Hardware
     runs: Sequence[RankRun]
     program: Program
-    table: Table
+    table: Mapping[Key, Cost]
     step: Step | None
 
 
-def assemble(config: Config, dp: int, hardware: Hardware, runs: Sequence[RankRun], program: Program) -> DryRun:
+def assemble(job: Job, hardware: Hardware, runs: Sequence[RankRun], program: Program) -> DryRun:
     """program: of the whole step, with all its micro-batches."""
-    parallel = config.parallel
     nodes: dict[Key, tuple[NodeWork, ...]] = {}
     for run in runs:
         nodes |= actions(run.launches)
-    table = {
-        key: sum_of([cost(node.work, hardware, parallel.ep) for node in found])
+    costs = {
+        key: [(node.name, node.queue, cost(node.work, hardware, job.experts)) for node in found]
         for key, found in sorted(nodes.items(), key=lambda item: (item[0][0], ORDER.index(item[0][1])))
     }
+    table = {key: sum_of([part for _, _, part in found]) for key, found in costs.items()}
     step = None
-    if {stage for stage, _ in table} >= set(range(config.stages)):
-        link = hardware.link(parallel.pp * parallel.tp * dp)
-        optimizer = max(_optimizer_ms(run, config, dp, hardware) for run in runs)
-        sums = max(_sums_ms(run, config, dp, hardware) for run in runs)
-        step = simulated(program, table, config.stage_message_bytes(), link, sums, optimizer)
-    return DryRun(config, dp, hardware, runs, program, table, step)
+    if {stage for stage, _ in table} >= set(range(job.placement.stages)):
+        link = hardware.link(job.processes)
+        optimizer = max(_optimizer_ms(run, job, hardware) for run in runs)
+        sums = max(_sums_ms(run, job, hardware) for run in runs)
+        step = simulated(program, costs, job.message_bytes, link, sums, optimizer)
+    return DryRun(job, hardware, runs, program, table, step)
 
 
 def sum_of(costs: Sequence[Cost]) -> Cost:
@@ -58,36 +57,31 @@ def sum_of(costs: Sequence[Cost]) -> Cost:
     return total
 
 
-def _replicas(config: Config, dp: int) -> int:
-    return dp * config.parallel.tp * config.placement.lanes
-
-
-def _optimizer_ms(run: RankRun, config: Config, dp: int, hardware: Hardware) -> float:
+def _optimizer_ms(run: RankRun, job: Job, hardware: Hardware) -> float:
     """The device's and the links' time, not the host's: CUDA's AdamW launches one kernel for many parameters, this one many."""
-    work, replicas = phase(run.launches, "optimizer"), _replicas(config, dp)
+    work, replicas = phase(run.launches, "optimizer"), job.replicas
     return cost(work, hardware, 1).device_ms + collectives(work, replicas, hardware.link(replicas))[1]
 
 
-def _sums_ms(run: RankRun, config: Config, dp: int, hardware: Hardware) -> float:
+def _sums_ms(run: RankRun, job: Job, hardware: Hardware) -> float:
     """How long a rank's gradients take to be summed over the replicas of its stages, on idle links."""
     total: Counter[Operation] = Counter()
     for where, counts in run.launches.items():
         if where.kind == "step" or where.stage >= 0:
             total.update(counts)
-    replicas = _replicas(config, dp)
-    return collectives(total, replicas, hardware.link(replicas))[1]
+    return collectives(total, job.replicas, hardware.link(job.replicas))[1]
 
 
 def summary(dry: DryRun) -> dict[str, Any]:
     """As JSON: bytes, FLOPs, ms and shares. All times are modelled or simulated."""
-    config, hardware, step = dry.config, dry.hardware, dry.step
+    job, hardware, step = dry.job, dry.hardware, dry.step
     result: dict[str, Any] = {
         "gpu": hardware.name,
-        "residual": config.residual.kind,
-        "schedule": config.schedule.name,
-        "microbatches": config.microbatches(dry.dp),
+        "residual": job.residual,
+        "schedule": job.schedule,
+        "microbatches": job.microbatches,
         "microbatches_run": dry.runs[0].microbatches,
-        "processes": config.parallel.pp * config.parallel.tp * dry.dp,
+        "processes": job.processes,
         "ranks": [_rank(run, dry) for run in dry.runs],
         "actions": [{"stage": stage, "action": kind, **_cost(found)} for (stage, kind), found in dry.table.items()],
         "operations": _operations(dry),
@@ -98,7 +92,7 @@ def summary(dry: DryRun) -> dict[str, Any]:
 
 
 def _rank(run: RankRun, dry: DryRun) -> dict[str, Any]:
-    ranks, reserved, found = dry.config.parallel.pp, dry.hardware.reserved, run.peak
+    reserved, found = dry.hardware.reserved, run.peak
     comes_and_goes = found.total - sum(run.persistent.values())
     more = {
         "context": round(reserved.context_gib * GIB),
@@ -109,7 +103,7 @@ def _rank(run: RankRun, dry: DryRun) -> dict[str, Any]:
     where = found.at
     return {
         "rank": run.rank,
-        "mirror": ranks - 1 - run.rank if dry.config.placement.lanes == 2 and ranks > 1 else None,
+        "mirror": dry.job.placement.ranks - 1 - run.rank if dry.job.mirrored else None,
         "stages": list(run.stages),
         "peak_bytes": found.total,
         "bytes": found.bytes,
@@ -137,7 +131,7 @@ def _cost(found: Cost) -> dict[str, float]:
 def _operations(dry: DryRun, most: int = 12) -> list[dict[str, Any]]:
     """The operations that keep the device longest in a step of a rank, over all its micro-batches."""
     run = max(dry.runs, key=lambda run: sum(dry.table[key].device_ms for key in dry.table if key[0] in run.stages))
-    share = dry.config.microbatches(dry.dp) / run.microbatches
+    share = dry.job.microbatches / run.microbatches
     totals: Counter[str] = Counter()
     sums: dict[str, list[float]] = {}
     for where, counts in run.launches.items():
@@ -162,22 +156,22 @@ def _add(totals: Counter[str], sums: dict[str, list[float]], operation: Operatio
 
 
 def _step(dry: DryRun, step: Step) -> dict[str, Any]:
-    config, result = dry.config, step.pipeline
+    job, result = dry.job, step.pipeline
     seconds = 1e-3 * step.ms
-    microbatches, gpus = config.microbatches(dry.dp), config.parallel.pp * config.parallel.tp
-    peak = dry.hardware.matmul.bf16_tflops if config.train.precision == "bf16" else dry.hardware.matmul.fp32_tflops
+    peak = dry.hardware.matmul.bf16_tflops if job.half else dry.hardware.matmul.fp32_tflops
+    own_flops = model_flops(dry.table) * job.microbatches / job.placement.ranks  # the table is of single ranks: tp has cut it
     return {
         "ms": step.ms,
-        "tokens_per_s": config.train.global_batch * config.train.sequence_length / seconds,
-        "model_flops_utilisation": model_flops(dry.table) * microbatches / gpus / seconds / (1e12 * peak),
+        "tokens_per_s": job.tokens / seconds,
+        "model_flops_utilisation": own_flops / seconds / (1e12 * peak),
         "pipeline_ms": result.makespan,
         "bubble_ms": result.bubble,
         "bubble": result.bubble / result.makespan,
         "exposed_messages_ms": max(result.exposed_comm),
-        "exposed_all_to_alls_ms": step.exposed_exchange_ms,
+        "exposed_all_to_alls_ms": max(result.exposed_all_to_all),
         "hidden_recomputation_ms": max(result.hidden_recompute),
         "message_ms": step.costs.link,
         "optimizer_ms": step.optimizer_ms,
-        "gradient_sums_ms": max(_sums_ms(run, config, dry.dp, dry.hardware) for run in dry.runs),
+        "gradient_sums_ms": max(_sums_ms(run, job, dry.hardware) for run in dry.runs),
         "exposed_gradient_sums_ms": step.sums_ms,
     }

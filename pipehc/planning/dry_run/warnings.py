@@ -35,7 +35,7 @@ def _host(summary: dict[str, Any]) -> list[str]:
     return [
         f"host-bound: {worst['action']} of stage {worst['stage']} keeps the host {worst['host_ms']:.1f} ms for its "
         f"{worst['launches']:.0f} launches and the device {worst['device_ms']:.1f} ms; so in {len(slow)} of the actions: a larger "
-        "train.micro_batch would help"
+        "micro-batch would help"
     ]
 
 

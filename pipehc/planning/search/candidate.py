@@ -10,8 +10,9 @@ from typing import Any
 from pipehc.config.schema import Config
 from pipehc.config.stages import build_schedule
 from pipehc.planning.dry_run.hardware import Hardware
-from pipehc.planning.dry_run.step import model_flops, simulated, simulation_costs
+from pipehc.planning.dry_run.step import model_flops, stepped
 from pipehc.planning.search.layouts import changed, with_blocks
+from pipehc.planning.search.stage_costs import stage_costs
 from pipehc.planning.search.units import Composed, Composer
 from pipehc.planning.search.walk import Outline, activations_peak, outlines
 from pipehc.schedules import Costs, Program, Schedule, build, compile
@@ -92,15 +93,14 @@ def searched(best: Candidate, hardware: Hardware, composer: Composer, time_limit
         except ValueError:
             continue
         composed = composer(config)
-        program = Program(Schedule("auto", config.placement, 1, ()), ())  # the costs are those of its placement
-        costs = _costs(program, composed, config, hardware)
+        costs = _costs(composed, config, hardware)
         values = {"f": costs.f, "b": costs.b, "w": costs.w, "r": costs.r, "link": costs.link, "latency": costs.latency}
         found.append(changed(config, search=values))
     return found
 
 
-def _costs(program: Program, composed: Composed, config: Config, hardware: Hardware) -> Costs:
-    return simulation_costs(program, composed.table, config.stage_message_bytes(), hardware.link(_processes(config)))
+def _costs(composed: Composed, config: Config, hardware: Hardware) -> Costs:
+    return stage_costs(config.placement, composed.table, config.stage_message_bytes(), hardware.link(_processes(config)))
 
 
 def fill_memory(found: Candidate, hardware: Hardware) -> None:
@@ -123,9 +123,8 @@ def fill_memory(found: Candidate, hardware: Hardware) -> None:
 def fill_step(found: Candidate, hardware: Hardware) -> None:
     """ms and utilisation."""
     config, composed = found.config, found.composed
-    link = hardware.link(_processes(config))
-    program, message = program_of(config), config.stage_message_bytes()
-    found.ms = simulated(program, composed.table, message, link, composed.sums_ms, composed.optimizer_ms).ms
+    costs = _costs(composed, config, hardware)
+    found.ms = stepped(program_of(config), costs, composed.sums_ms, composed.optimizer_ms).ms
     peak = hardware.matmul.bf16_tflops if config.train.precision == "bf16" else hardware.matmul.fp32_tflops
     work = model_flops(composed.table) * config.microbatches(config.parallel.dp or 1)
     found.utilisation = work / (config.parallel.pp * config.parallel.tp) / (1e-3 * found.ms) / (1e12 * peak)

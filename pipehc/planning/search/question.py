@@ -9,7 +9,8 @@ from typing import NamedTuple
 from pipehc.config.loading import to_yaml
 from pipehc.config.schema import Config
 from pipehc.config.strict_yaml import ConfigError
-from pipehc.planning.dry_run.hardware import Hardware, load_hardware
+from pipehc.planning.dry_run import command
+from pipehc.planning.dry_run.hardware import Hardware
 
 
 class Question(NamedTuple):
@@ -22,7 +23,7 @@ class Question(NamedTuple):
     write: str | None
 
 
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search", "the fastest layout over a number of GPUs; every time is simulated")
     group.add_argument("--search", action="store_true", help="search for one; takes --gpu and --imbalance, too")
     group.add_argument("--gpus", metavar="N", help="how many GPUs")
@@ -41,9 +42,9 @@ def asked(args: argparse.Namespace) -> bool:
     return args.search
 
 
-def question(args: argparse.Namespace, imbalance: float) -> Question:
+def question(args: argparse.Namespace) -> Question:
     """Raises ConfigError that names flag, value and what is allowed."""
-    hardware = load_hardware(args.gpu)
+    hardware, _, imbalance = command.asked(args)
     if args.gpus is None:
         raise ConfigError("--search: needs --gpus N, the number of GPUs")
     try:
