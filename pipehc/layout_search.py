@@ -93,9 +93,9 @@ def _candidates(there: Sequence[Config], config: Config, wanted: Question) -> tu
     _say(f"{len(there)} layouts, {len(there) - len(left)} of them too large even without activations")
     if not left:
         smallest = persistent.index(min(persistent))
-        one = candidate(there[smallest], composers[first])
-        one.total_bytes, one.why = persistent[smallest], "parameters, gradients and optimizer alone"
-        return _Candidates([], composers), [one]
+        least = candidate(there[smallest], composers[first])
+        least.total_bytes, least.why = persistent[smallest], "parameters, gradients and optimizer alone"
+        return _Candidates([], composers), [least]
     needed = dict.fromkeys(unit_of(one) for one in left)
     _say(f"dry runs of {len(needed)} small models")
     composers |= _composers(config, [unit for unit in needed if unit != first], wanted)

@@ -15,7 +15,7 @@ from pipehc.planning.search.layouts import changed, with_blocks
 from pipehc.planning.search.stage_costs import stage_costs
 from pipehc.planning.search.units import Composed, Composer
 from pipehc.planning.search.walk import Outline, activations_peak, outlines
-from pipehc.schedules import Costs, Program, Schedule, build, compile
+from pipehc.schedules import Costs, Program, build, compile
 from pipehc.schedules.auto import SEARCHED
 
 GIB = 2**30
