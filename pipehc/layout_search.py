@@ -26,7 +26,7 @@ GIB = 2**30
 LISTED = 8  # the fastest that fit, and as many that do not
 CONFIRMED = 3
 MARGIN = 1.05  # composed memory is near that of a dry run: this much above the limit, the dry run decides
-SECONDS = 150.0  # after which no further dry run begins
+SECONDS = 200.0  # after which no further dry run begins
 
 
 class Found(NamedTuple):
