@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
 from collections.abc import Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
-import torch
-
 from pipehc.config.loading import ConfigError
 from pipehc.config.schema import Config
 from pipehc.dry_run import counted, dry_runs, summed_up
 from pipehc.planning.dry_run.hardware import Hardware
+from pipehc.planning.dry_run.processes import side_by_side
 from pipehc.planning.dry_run.summary import summary
 from pipehc.planning.search.candidate import Candidate, balanced, candidate, fill_memory, fill_step, searched
 from pipehc.planning.search.footprint import footprints
@@ -111,14 +108,11 @@ def _candidates(there: Sequence[Config], config: Config, wanted: Question) -> tu
 def _composers(config: Config, units: Sequence[Unit], wanted: Question) -> dict[Unit, Composer]:
     if not units:
         return {}
-    context = multiprocessing.get_context("fork")
-    with context.Pool(min(len(units), os.cpu_count() or 1), maxtasksperchild=1) as pool:
-        runs = pool.map(_run_unit, [(unit_config(config, unit), wanted.imbalance) for unit in units], chunksize=1)
+    runs = side_by_side(_run_unit, [(unit_config(config, unit), wanted.imbalance) for unit in units])
     return {unit: Composer(run, wanted.hardware) for unit, run in zip(units, runs)}
 
 
 def _run_unit(request: tuple[Config, float]) -> UnitRun:
-    torch.set_num_threads(1)
     config, imbalance = request
     run = counted(config, 0, imbalance=imbalance)
     return UnitRun(config, summed_up(config, 0, run), footprints(run.tracker.history, microbatch=1))

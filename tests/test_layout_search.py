@@ -18,28 +18,24 @@ MEMORY, TIME = 0.05, 0.02  # of a whole dry run; at full size a few thousandths,
 
 
 def composed(overrides):
-    """(composed ms, dry run's ms, composed bytes, the dry run's bytes) of one layout, in a process of its own."""
+    """(composed ms, dry run's ms, composed bytes, the dry run's bytes) of one layout."""
+    from pipehc.dry_run import dry_runs
+    from pipehc.layout_search import _composers
+    from pipehc.planning.dry_run.hardware import load_hardware
+    from pipehc.planning.dry_run.summary import summary
+    from pipehc.planning.search.candidate import candidate, fill_memory, fill_step
+    from pipehc.planning.search.question import Question
+    from pipehc.planning.search.units import unit_of
 
-    def fn(_):
-        from pipehc.dry_run import dry_runs
-        from pipehc.layout_search import _composers
-        from pipehc.planning.dry_run.hardware import load_hardware
-        from pipehc.planning.dry_run.summary import summary
-        from pipehc.planning.search.candidate import candidate, fill_memory, fill_step
-        from pipehc.planning.search.question import Question
-        from pipehc.planning.search.units import unit_of
-
-        config, hardware = tiny_config(*BASE, *overrides), load_hardware("h100")
-        unit = unit_of(config)
-        one = candidate(config, _composers(config, [unit], Question(4, 80, hardware, 1.0, None))[unit])
-        fill_memory(one, hardware)
-        fill_step(one, hardware)
-        dry = summary(dry_runs([config], hardware)[0])
-        reserved = hardware.reserved.context_gib * 2**30  # not counted, and far more than a small model
-        biggest = max(rank["peak_bytes"] + sum(rank["estimated_bytes"].values()) for rank in dry["ranks"])
-        return one.ms, dry["step"]["ms"], one.total_bytes - reserved, biggest - reserved
-
-    return run_ranks(fn, 1, init=False)[0]
+    config, hardware = tiny_config(*BASE, *overrides), load_hardware("h100")
+    unit = unit_of(config)
+    one = candidate(config, _composers(config, [unit], Question(4, 80, hardware, 1.0, None))[unit])
+    fill_memory(one, hardware)
+    fill_step(one, hardware)
+    dry = summary(dry_runs([config], hardware)[0])
+    reserved = hardware.reserved.context_gib * 2**30  # not counted, and far more than a small model
+    biggest = max(rank["peak_bytes"] + sum(rank["estimated_bytes"].values()) for rank in dry["ranks"])
+    return one.ms, dry["step"]["ms"], one.total_bytes - reserved, biggest - reserved
 
 
 def check(overrides):

@@ -61,7 +61,8 @@ def simulation_costs(nodes: Nodes, message_bytes: int, link: Link) -> Costs:
 
 def _rows(forward: Sequence[NodeCost], found: Sequence[NodeCost], kind: str) -> list[tuple[str, str, float]]:
     """What is outside of nodes goes to the last one; of W, to all in proportion: outside of pairs nothing says whose it is."""
-    named = [(name, queue, cost.ms) for name, queue, cost in found if name] or [(forward[0][0], "compute", 0.0)]
+    named = [(name, queue, cost.ms) for name, queue, cost in found if name]
+    named = named or [(next(name for name, *_ in forward if name), "compute", 0.0)]
     rest = sum(cost.ms for name, _, cost in found if not name)
     of_nodes = sum(ms for *_, ms in named)
     if kind == "W" and of_nodes:
