@@ -1,14 +1,19 @@
 """The search for a layout: composed figures are those of whole dry runs, the order, what is written, and broken questions."""
 
+import io
 import json
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
 from processes import run_ranks
+from rich.console import Console
 from tiny_model import DEMO, TINY, tiny_config
 
 from pipehc.config.loading import load_config
 from pipehc.plan import main
+from pipehc.planning.search.report import show
 
 BASE = (
     "parallel.pp=2", "parallel.dp=2", "schedule.name=dualpipe", "train.global_batch=32", "train.precision=bf16",
@@ -88,11 +93,18 @@ SEARCH = (
 )  # fmt: skip
 
 
+def searched(*arguments):
+    """(exit code, stdout, stderr) of a search that gets as far as dry runs, which are processes of their own."""
+    command = [sys.executable, "-W", "ignore", "-m", "pipehc.plan", *SEARCH, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout, done.stderr
+
+
 @pytest.mark.slow
 def test_the_command_lists_the_fastest_first_and_writes_the_first(tmp_path):
     file = tmp_path / "best.yaml"
-    code, out, _ = run(*SEARCH, "--json", "--memory", "4", "--write", str(file))
-    assert code == 0
+    code, out, error = searched("--json", "--memory", "4", "--write", str(file))
+    assert code == 0, error
     found = json.loads(out)
     best = found["layouts"][0]
     assert best["source"] == "dry run" and best["total_bytes"] <= 4 * 2**30
@@ -103,8 +115,10 @@ def test_the_command_lists_the_fastest_first_and_writes_the_first(tmp_path):
     written = load_config(file)
     p = written.parallel
     assert (p.pp, p.ep, p.dp, written.schedule.name) == (best["pp"], best["ep"], best["dp"], best["schedule"])
-    code, out, _ = run(*SEARCH, "--memory", "4")
-    assert code == 0 and max(map(len, out.splitlines())) <= 100
+    console = Console(width=100, file=io.StringIO())
+    show(found, console)
+    out = console.file.getvalue()
+    assert max(map(len, out.splitlines())) <= 100
     assert "none measured" in out and "dry run" in out and "GiB" in out and "MFU" in out
 
 
@@ -148,21 +162,6 @@ def test_the_flags_of_a_search_need_one(arguments, capsys):
 
 @pytest.mark.slow
 def test_too_little_memory_for_anything_says_what_the_smallest_needs():
-    code, _, error = run(*SEARCH, "--memory", "0.0001")
+    code, _, error = searched("--memory", "0.0001")
     assert code == 2
     assert "--memory 0.0001: none of" in error and "the smallest found needs" in error
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_27b_on_128_gpus_is_no_slower_than_as_shipped(tmp_path):
-    shipped, best = DEMO.parent / "27b_pp8.yaml", tmp_path / "best.yaml"
-    code, out, _ = run("--config", str(shipped), "--search", "--gpus", "128", "--memory", "80", "--json", "--write", str(best))
-    assert code == 0
-    found = json.loads(out)
-    assert found["seconds"] < 300 and found["own"] is not None
-    ms = []
-    for file in (shipped, best):
-        code, out, _ = run("--config", str(file), "--dry-run", "--json")
-        ms.append(json.loads(out)["step"]["ms"])
-    assert code == 0 and ms[1] <= ms[0]
