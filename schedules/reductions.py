@@ -25,7 +25,7 @@ def reductions(program: Program, one_queue: bool = False) -> tuple[tuple[Reducti
         return ((),) * program.schedule.ranks
     clocks = Clocks(program).check()
     ready = [{held: _after_pair(row, count) for held, count in _last_weight_gradients(row).items()} for row in clocks.rows]
-    if program.schedule.placement.lanes == 1:
+    if program.schedule.placement.kind != "bidirectional":  # no stage twice, or a placement that only schedules know
         return tuple(tuple(sorted(own.items(), key=lambda start: start[1])) for own in ready)
     if one_queue:
         for own, row in zip(ready, clocks.rows):
