@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pipehc.schedules.issued import Clocks
 from pipehc.schedules.order import Clock, join
+from pipehc.schedules.placement import Placement
 from pipehc.schedules.program import Held, Instruction, Post, Program, Reduction, Run, Send
 
 
@@ -25,7 +26,7 @@ def reductions(program: Program, one_queue: bool = False) -> tuple[tuple[Reducti
         return ((),) * program.schedule.ranks
     clocks = Clocks(program).check()
     ready = [{held: _after_pair(row, count) for held, count in _last_weight_gradients(row).items()} for row in clocks.rows]
-    if program.schedule.placement.kind != "bidirectional":  # no stage twice, or a placement that only schedules know
+    if not _mirrored(program.schedule.placement):
         return tuple(tuple(sorted(own.items(), key=lambda start: start[1])) for own in ready)
     if one_queue:
         for own, row in zip(ready, clocks.rows):
@@ -43,6 +44,13 @@ def reductions(program: Program, one_queue: bool = False) -> tuple[tuple[Reducti
         found[low] = tuple(zip(stages, counts[low][1:]))
         found[high] = tuple(((1 - lane, stage), count) for (lane, stage), count in zip(stages, counts[high][1:]))
     return tuple(found)
+
+
+def _mirrored(placement: Placement) -> bool:
+    """Whether every stage is on two ranks, each the other's mirror image; other placements of two lanes are for schedules alone."""
+    ranks = placement.ranks
+    pairs = ((placement.rank(0, s), placement.rank(1, s)) for s in range(placement.stages)) if placement.lanes == 2 else ()
+    return placement.lanes == 2 and ranks % 2 == 0 and all(a + b == ranks - 1 for a, b in pairs)
 
 
 def _put_off(clocks: Clocks, counts: dict[int, list[int]]) -> None:

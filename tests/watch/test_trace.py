@@ -85,10 +85,10 @@ def test_records_every_action_and_message_where_it_was(tmp_path, name, recompute
         if span.queue == "recv" and span.kind == "activation":
             assert ends["F", span.stage - 1, span.microbatch] <= span.start + 1e-3
             assert span.end <= starts["F", span.stage, span.microbatch] + 1e-3
-    # The last rank waits for its first forward (as long as that takes) though next to nothing is on the link meanwhile.
+    # The last rank waits for the first forward, though next to nothing is on the link meanwhile.
     if name == "1f1b":
         wait = next(s for s in recording.spans if s.rank == 1 and s.queue == "wait")
-        assert wait.end - wait.start > 1e3 * F * 0.8
+        assert wait.end >= ends["F", 0, 0]
     timeline = recorded(recording.spans, recording.title)
     assert timeline.summaries[1].idle > timeline.summaries[1].exposed
 
