@@ -143,6 +143,7 @@ def test_a_killed_rank_ends_the_job_and_it_resumes(write, tmp_path, victim):
     assert {line["step"]: line["loss"] for line in first if "loss" in line} == losses(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_new_start_sets_aside_what_lies_there(write, tmp_path):
     alone = ["schedule.name=1f1b", "parallel.pp=1", "train.steps=2", "optimizer.decay=[]"]
     folder = tmp_path / "run"
@@ -162,6 +163,7 @@ def test_a_new_start_sets_aside_what_lies_there(write, tmp_path):
     assert list(losses(folder)) == [3, 4]
 
 
+@pytest.mark.slow
 def test_weights_alone_start_a_training_of_their_own(write, tmp_path):
     """The first evaluation is the last of the other run, whatever the optimizer, the order and the length of samples will be."""
     alone = ["schedule.name=1f1b", "parallel.pp=1", "train.steps=2", "evaluation.interval=2"]
@@ -184,6 +186,7 @@ def test_weights_alone_start_a_training_of_their_own(write, tmp_path):
     assert train(config, *longer, weights, processes=1).returncode == 0
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_where_it_stood(write, tmp_path):
     """...not where it had started from."""
     alone = ["schedule.name=1f1b", "parallel.pp=1", "evaluation.interval=0", "optimizer.decay=[]"]
@@ -229,6 +232,7 @@ def test_a_full_disk_ends_the_job_with_one_message(write, tmp_path):
     assert list(losses(tmp_path / "run")) == [1, 2]
 
 
+@pytest.mark.slow
 def test_ranks_end_when_torchrun_is_killed(write, tmp_path):
     """Nobody could stop them any more, and the job started again would write into the same folder."""
     config = write(train={**TINY["train"], "steps": 100000}, checkpoint={"interval": 0}, evaluation={"interval": 0})

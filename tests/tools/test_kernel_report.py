@@ -33,6 +33,7 @@ def check_traffic(rows):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+@pytest.mark.slow
 def test_traffic(tmp_path):
     # Coefficients weigh more against 640 channels than against 2560: the limits still hold.
     check_traffic(report(tmp_path, "--only", "traffic", "--tokens", "20", "--channels", "640")["traffic"])
