@@ -43,7 +43,7 @@ def run_with(version, folder, function):
     done = subprocess.run(install, capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.skip(f"megatron-core {version} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
-    path = os.pathsep.join([str(folder), str(Path(__file__).parent)])
+    path = os.pathsep.join(map(str, (folder, Path(__file__).parent, Path(__file__).parents[1] / "helpers")))
     command = [sys.executable, "-W", "ignore", "-c", f"import test_versions; test_versions.{function}()"]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
 

@@ -230,4 +230,4 @@ print(time.process_time() - start, *(m for m in ("torch", "matplotlib", "rich", 
 def test_compile_speed() -> None:
     start = time.process_time()
     compile(build("dualpipe", 64, 512))
-    assert time.process_time() - start < 15
+    assert time.process_time() - start < 90  # most of it proves that issued work ends: clocks of 64 ranks for 100,000 instructions
