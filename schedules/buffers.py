@@ -57,7 +57,8 @@ class ReuseByDependence(Reuse):
         self._posted = {i.message: cell for row in rows for cell, i in row if isinstance(i, Post)}
 
     def received(self, rank: int, freed: int, message: Message) -> bool:
-        return self._dependence.last[rank][freed][message.source] <= self._dependence.made[message]
+        # Of the cell that makes the message, too, a part may come after it.
+        return self._dependence.last[rank][freed][message.source] < self._dependence.made[message]
 
     def sent(self, rank: int, cell: int, message: Message) -> bool:
         return self._dependence.last[rank][cell][message.target] >= self._posted[message]
