@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pipehc.schedules.issued import Clocks
 from pipehc.schedules.order import Clock, join
 from pipehc.schedules.placement import Placement
-from pipehc.schedules.program import Held, Instruction, Post, Program, Reduction, Run, Send
+from pipehc.schedules.program import Held, Instruction, Post, Program, Reduction, Run, Send, inputs_first
 
 
 def reductions(program: Program, one_queue: bool = False) -> tuple[tuple[Reduction, ...], ...]:
@@ -24,19 +24,21 @@ def reductions(program: Program, one_queue: bool = False) -> tuple[tuple[Reducti
     """
     if program.schedule.forward_only:
         return ((),) * program.schedule.ranks
-    clocks = Clocks(program).check()
-    ready = [{held: _after_pair(row, count) for held, count in _last_weight_gradients(row).items()} for row in clocks.rows]
+    rows = [inputs_first(row) for row in program.instructions]
+    last = [_last_weight_gradients(row) for row in rows]
+    ready = [{held: _after_pair(row, count) for held, count in own.items()} for row, own in zip(rows, last)]
     if not _mirrored(program.schedule.placement):
         return tuple(tuple(sorted(own.items(), key=lambda start: start[1])) for own in ready)
+    clocks = Clocks(program).check()
     if one_queue:
-        for own, row in zip(ready, clocks.rows):
+        for own, row in zip(ready, rows):
             end = 1 + max(k for k, i in enumerate(row) if isinstance(i, (Post, Send)))
             own |= {held: max(count, end) for held, count in own.items()}
     found: list[tuple[Reduction, ...]] = [()] * len(ready)
     for low in range(len(ready) // 2):
         high = len(ready) - 1 - low
         counts = {low: [0], high: [0]}
-        stages = sorted(ready[low], key=lambda held: _last_weight_gradients(clocks.rows[low])[held])
+        stages = sorted(ready[low], key=last[low].__getitem__)
         for lane, stage in stages:
             for rank, held in ((low, (lane, stage)), (high, (1 - lane, stage))):
                 counts[rank].append(max(counts[rank][-1], ready[rank][held]))
