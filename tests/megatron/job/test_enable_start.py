@@ -1,7 +1,5 @@
 """How jobs under `enable` start, by what they print: the first line, a plain checkpoint, iterations after a resume, refusals."""
 
-import os
-
 import pytest
 from processes import run_ranks
 from test_enable import PP2, losses, pretrain
@@ -13,7 +11,7 @@ def printed(arguments):
 
 
 @pytest.mark.slow
-def test_a_plain_checkpoint_starts_a_job_with_hyper_connections_which_resumes(tmp_path):
+def test_a_plain_checkpoint_starts_a_job_with_hyper_connections_which_resumes(tmp_path, monkeypatch):
     """At the loss of the plain job; afterwards its own checkpoints are found first. Recorded iterations are those of its log."""
     losses(2, f"{PP2}--save-interval 3 --exit-interval 3 --save {tmp_path}/plain")
     ((expected, _),), _ = losses(2, f"{PP2}--exit-interval 1 --finetune --load {tmp_path}/plain")
@@ -23,7 +21,7 @@ def test_a_plain_checkpoint_starts_a_job_with_hyper_connections_which_resumes(tm
     start += f"--from-plain --save {tmp_path}/new --load {tmp_path}/new --save-interval 3 "
     (first, *_), _ = losses(2, f"{start} --exit-interval 3")
     assert first[0] == pytest.approx(expected, abs=0.002)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     first_rank, last_rank = printed(f"{start.removeprefix(PP2)} --trace-steps 5 5 ")
     assert "iteration        4/       6" in last_rank and "traces of iterations 5 to 5 in pipehc_trace/" in first_rank
     assert [path.name for path in (tmp_path / "pipehc_trace").iterdir()] == ["step-000005.json"]
