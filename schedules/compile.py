@@ -8,7 +8,7 @@ from pipehc.schedules.actions import Action, Pair, flatten
 from pipehc.schedules.buffers import Reuse, ReuseByDependence, ReuseByTime, add_events, assign_slots
 from pipehc.schedules.check import check
 from pipehc.schedules.dependence import Dependence
-from pipehc.schedules.issued import check_one_queue
+from pipehc.schedules.issued import Clocks, check_one_queue
 from pipehc.schedules.order import incoming, outgoing
 from pipehc.schedules.posting import add_posts
 from pipehc.schedules.program import ComputeQueue, Instruction, Placed, Program, ProgramError, Run, Send, Wait
@@ -44,21 +44,20 @@ def compile(
     dependence = Dependence(lowered, earliest)
     placed = add_posts(lowered, dependence, ahead, one_queue)
     if one_queue:
-        program = _with_buffers(schedule, placed, Reuse(), ahead + 1)
+        program, clocks = _with_buffers(schedule, placed, Reuse(), ahead + 1)
         check_one_queue(program)
     else:
         try:
-            program = _with_buffers(schedule, placed, ReuseByTime(placed, earliest), ahead + 1)
+            program, clocks = _with_buffers(schedule, placed, ReuseByTime(placed, earliest), ahead + 1)
         except ProgramError:  # few schedules need more buffers than time suggests
-            program = _with_buffers(schedule, placed, ReuseByDependence(placed, dependence), ahead + 1)
-    return replace(program, reductions=reductions(program, one_queue))
+            program, clocks = _with_buffers(schedule, placed, ReuseByDependence(placed, dependence), ahead + 1)
+    return replace(program, reductions=reductions(program, clocks, one_queue))
 
 
-def _with_buffers(schedule: Schedule, rows: list[list[Placed]], reuse: Reuse, spare: int) -> Program:
+def _with_buffers(schedule: Schedule, rows: list[list[Placed]], reuse: Reuse, spare: int) -> tuple[Program, Clocks]:
     slots = assign_slots(schedule, rows, reuse, spare)
     program = Program(schedule, tuple(add_events(schedule, row) for row in slots))
-    verify(program)
-    return program
+    return program, verify(program)
 
 
 def _lower_row(schedule: Schedule, rank: int, split_backward: bool, recompute: bool, high: bool) -> list[Placed]:

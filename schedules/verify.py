@@ -18,26 +18,24 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipehc.schedules.actions import flatten
-from pipehc.schedules.issued import check_issued
+from pipehc.schedules.issued import Clocks, check_issued
 from pipehc.schedules.order import Clock, Order, incoming, outgoing
 from pipehc.schedules.program import Edge, Instruction, Message, Post, Program, ProgramError, Run, Send, Wait
 from pipehc.schedules.schedule import Schedule
 
 
-def verify(program: Program) -> int:
-    """Raises ProgramError unless the program is safe. Returns the largest number of receives outstanding on one edge."""
+def verify(program: Program) -> Clocks:
+    """Raises ProgramError unless the program is safe. Returns what each piece of its work depends on."""
     sent, posted = _by_edge(program, Send), _by_edge(program, Post)
     for edge in sorted(sent.keys() | posted.keys()):
         if sent.get(edge, []) != posted.get(edge, []):
             raise ProgramError(f"edge {edge[0]} -> {edge[1]}: sends and posted receives are not the same list in the same order")
-    outstanding = 0
     for rank, row in enumerate(program.instructions):
         _check_work(program.schedule, rank, row)
-        outstanding = max(outstanding, _check_messages(program.schedule, rank, row))
+        _check_messages(program.schedule, rank, row)
         _check_order(program.schedule, rank, row)
     _check_progress(program)
-    check_issued(program)
-    return outstanding
+    return check_issued(program)
 
 
 def _by_edge(program: Program, kind: type[Send] | type[Post]) -> dict[Edge, list[Message]]:
@@ -67,13 +65,11 @@ def _split(action: tuple) -> list[tuple]:
     return [(kind, *action[1:])] if kind != "B" else [("I", *action[1:]), ("W", *action[1:])]
 
 
-def _check_messages(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> int:
-    """Post before wait before use, result before send, each once. Returns the largest number of receives outstanding on an edge."""
+def _check_messages(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> None:
+    """Post before wait before use, result before send, each once."""
     posted: set[Message] = set()
     waited: set[Message] = set()
     results: set[Message] = set()
-    outstanding: dict[int, int] = {}
-    peak = 0
     for instruction in row:
         if isinstance(instruction, Run):
             needed = incoming(schedule, instruction.action)
@@ -87,13 +83,10 @@ def _check_messages(schedule: Schedule, rank: int, row: Sequence[Instruction]) -
             if message in posted:
                 raise ProgramError(f"rank {rank} posts twice the {message}")
             posted.add(message)
-            outstanding[message.source] = outstanding.get(message.source, 0) + 1
-            peak = max(peak, outstanding[message.source])
         elif isinstance(instruction, Wait):
             if message not in posted or message in waited:
                 raise ProgramError(f"rank {rank} waits for what is not posted, or twice, for the {message}")
             waited.add(message)
-            outstanding[message.source] -= 1
         else:
             if message not in results:
                 raise ProgramError(f"rank {rank} sends before it has computed, or twice, the {message}")
@@ -102,7 +95,6 @@ def _check_messages(schedule: Schedule, rank: int, row: Sequence[Instruction]) -
         raise ProgramError(f"rank {rank} never waits for the {next(iter(posted - waited))}")
     if results:
         raise ProgramError(f"rank {rank} never sends the {next(iter(results))}")
-    return peak
 
 
 def _check_order(schedule: Schedule, rank: int, row: Sequence[Instruction]) -> None:
