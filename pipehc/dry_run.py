@@ -11,7 +11,7 @@ import torch
 from pipehc.comm.queues import IssueQueue
 from pipehc.config.loading import ConfigError, check_world_size
 from pipehc.config.schema import Config
-from pipehc.config.stages import build_schedule
+from pipehc.config.stages import build_schedule, given_costs
 from pipehc.megatron import meta
 from pipehc.megatron.trainer.model import StageModel
 from pipehc.model.stage import ModelStage
@@ -22,10 +22,10 @@ from pipehc.planning.dry_run.observer import Observer, TellingStage
 from pipehc.planning.dry_run.peaks import peak
 from pipehc.planning.dry_run.processes import side_by_side
 from pipehc.planning.dry_run.rank_run import RankRun
-from pipehc.planning.dry_run.shortened import distinct_ranks, shortened
+from pipehc.planning.dry_run.shortened import distinct_ranks, one_each, shortened
 from pipehc.planning.dry_run.summary import DryRun, assemble
 from pipehc.planning.dry_run.tracker import Tracker, Where
-from pipehc.schedules import Schedule, compile
+from pipehc.schedules import Costs, Schedule, compile
 from pipehc.trainer import Trainer
 
 
@@ -161,8 +161,11 @@ def dry_runs(
         own = distinct_ranks(config.placement) if ranks is None else list(ranks)
         dp = config.parallel.dp or config.smallest_dp
         check_world_size(config, config.parallel.pp * config.parallel.tp * dp)
+        costs = None
+        if config.schedule.name == "auto" and given_costs(config) is None:
+            costs = costs_for_search(config, hardware, imbalance)
         try:
-            schedule = build_schedule(config, config.parallel.pp, config.microbatches(dp))
+            schedule = build_schedule(config, config.parallel.pp, config.microbatches(dp), costs=costs)
         except ValueError as error:
             raise ConfigError(f"search: {error}") from error
         searched = schedule if config.schedule.name == "auto" else None
@@ -170,6 +173,19 @@ def dry_runs(
         requests += [Request(shortened(config, dp), rank, searched, imbalance) for rank in own]
     found = iter(run_ranks(requests))
     return [assemble(job_of(config, dp), hardware, list(islice(found, count)), program) for config, dp, program, count in prepared]
+
+
+def costs_for_search(config: Config, hardware: Hardware, imbalance: float = 1.0) -> Costs:
+    """What every stage of a configuration with schedule.name auto costs, in ms, before there is a schedule."""
+    dp = config.parallel.dp or config.smallest_dp
+    check_world_size(config, config.parallel.pp * config.parallel.tp * dp)
+    schedule = one_each(config.placement)
+    batch = schedule.microbatches * dp * config.train.micro_batch
+    short = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})
+    runs = run_ranks([Request(short, rank, schedule, imbalance) for rank in distinct_ranks(config.placement)])
+    step = assemble(job_of(short, dp), hardware, runs, compile(schedule, recompute=config.recompute.enabled, high=True)).step
+    assert step is not None, "every stage was run"
+    return step.costs
 
 
 def plain(config: Config) -> Config:

@@ -146,8 +146,17 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
-    from pipehc.dry_run import dry_runs, plain
+    from pipehc.dry_run import costs_for_search, dry_runs, plain
 
+    if args.costs is not None:
+        if config.schedule.name == "auto":
+            costs = costs_for_search(config, asked.hardware, asked.imbalance)
+        else:
+            [dry] = dry_runs([config], asked.hardware, None, asked.imbalance)
+            assert dry.step is not None, "every stage was run"
+            costs = dry.step.costs
+        command.write_costs(costs, args.costs)
+        return 0
     configs = [config] if config.residual.kind == "none" else [config, plain(config)]
     found = dry_runs(configs, asked.hardware, asked.ranks, asked.imbalance)
     command.show(found[0], found[1] if len(found) > 1 else None, args)

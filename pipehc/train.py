@@ -137,7 +137,7 @@ def train(config: Config, progress: Progress) -> None:
 
     _warn()
     with Reporter(folder, train.steps, start, config.run.tensorboard, ranks.is_main, to_yaml(config)) as reporter:
-        reporter.say(_greeting(config, splits, begin, start, dist.get_world_size()))
+        reporter.say(_greeting(config, splits, begin, start, dist.get_world_size(), trainer.schedule_origin))
 
         def evaluate(step: int) -> None:
             progress.doing = f"in the evaluation after step {step}"
@@ -200,7 +200,7 @@ def _warn() -> None:
         say_once("\n".join(f"pipehc: warning: {text}" for text in found), "overlap")
 
 
-def _greeting(config: Config, splits: Splits, begin: Start, start: int, world: int) -> str:
+def _greeting(config: Config, splits: Splits, begin: Start, start: int, world: int, origin: str) -> str:
     """What is trained, on what, from where."""
     info, residual = splits.info, config.residual
     streams = f"{residual.kind} over {residual.streams} streams" if residual.kind != "none" else "plain residual"
@@ -210,6 +210,8 @@ def _greeting(config: Config, splits: Splits, begin: Start, start: int, world: i
         f"{info.documents:,} documents, {info.train_samples:,} training and {info.validation_samples:,} validation samples "
         f"({info.tokenizer})",
     ]
+    if origin:
+        lines.append(f"schedule {config.schedule.name}: {origin}")
     if info.joined:
         lines.append("documents are joined without a token between them: the tokenizer names none; data.end_of_document can")
     if start:

@@ -20,7 +20,6 @@ from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import join, make_queues
 from pipehc.config.schema import Config
 from pipehc.config.stages import build_schedule
-from pipehc.config.strict_yaml import ConfigError
 from pipehc.data.batches import Sampler, Split, batch
 from pipehc.learning_rate import learning_rate
 from pipehc.megatron.trainer.groups import build_groups
@@ -33,6 +32,7 @@ from pipehc.planning.activations import Activations
 from pipehc.recompute import SavedBytes
 from pipehc.schedules import Program, Schedule, compile
 from pipehc.schedules.execute import Observer, execute
+from pipehc.searched import Found, training_schedule
 from pipehc.watch.trace import Recorder, node_watch, save_step
 
 
@@ -62,7 +62,8 @@ class Trainer:
         self.config = config
         parallel, train = config.parallel, config.train
         dp = dist.get_world_size() // (parallel.pp * parallel.tp)
-        schedule = schedule or _same_everywhere(config, parallel.pp, config.microbatches(dp))
+        found = Found(schedule, "") if schedule else training_schedule(config, config.microbatches(dp), dp)
+        schedule, self.schedule_origin = found
         self._few_queues = few_queues(os.environ, torch.cuda.is_available())
         self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True, one_queue=self._few_queues)
         placement = self.train_program.schedule.placement
@@ -256,23 +257,6 @@ class Trainer:
     def _start_reduction(self, held: tuple[int, int]) -> None:
         join(self.queues)  # gradients of hyper-connections come from other queues
         self.optimizer.start_reduction(self.models[held])
-
-
-def _same_everywhere(config: Config, ranks: int, microbatches: int) -> Schedule:
-    """The schedule of a training step. A search ends by the clock, so one rank does it for all. Collective."""
-    if config.schedule.name != "auto":
-        return build_schedule(config, ranks, microbatches)
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [build_schedule(config, ranks, microbatches)]
-        except ValueError as error:
-            found = [str(error)]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], str):
-        raise ConfigError(f"search: {found[0]}")
-    schedule: Schedule = found[0]
-    return schedule
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -88,6 +88,19 @@ class Costs:
         if not any(self._times.values()):
             raise ValueError("costs.table and costs.nodes: at least one time must be > 0")
 
+    def to_json(self) -> str:
+        """As one JSON object of what is not the default."""
+        from pydantic import TypeAdapter  # takes longer to import than all of this package
+
+        return TypeAdapter(Costs).dump_json(self, exclude_defaults=True).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Costs:
+        """What `to_json` wrote. Raises ValueError for what is no Costs."""
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(Costs).validate_json(text)
+
     @property
     def by_stage(self) -> bool:
         """Whether there are times of every stage, rather than of 1/P of the model."""

@@ -35,7 +35,7 @@ _EFFECTS = {
     },
     "parallel": {Effect.NONE: "pp tp ep dp blocks_per_stage"},
     "schedule": {Effect.NONE: "name chunks"},
-    "search": {Effect.NONE: "placement f b w r link latency max_live time_limit"},
+    "search": {Effect.NONE: "placement f b w r link latency gpu max_live time_limit"},
     "recompute": {Effect.NONE: "enabled block"},
     "data": {Effect.DATA: "kind paths suffixes tokenizer end_of_document validation_fraction"},
     "train": {

@@ -108,15 +108,19 @@ class ParallelConfig(Section):
 
 
 class SearchConfig(Section):
-    """What schedule.name auto searches for: times of 1/pp of the model for one micro-batch, in any unit (see schedules.Costs)."""
+    """What schedule.name auto searches for: times of 1/pp of the model for one micro-batch, in any unit (see schedules.Costs).
+
+    Without any of them they come from a dry run on `gpu`, a hardware file's name or path; without that, on the GPU that is there.
+    """
 
     placement: Literal["linear", "v", "bidirectional"] = "v"
-    f: Positive = 1.0
-    b: Positive = 1.0
-    w: Positive = 1.0
-    r: Annotated[float, Field(ge=0)] = 0.0
-    link: Annotated[float, Field(ge=0)] = 0.0
-    latency: Annotated[float, Field(ge=0)] = 0.0
+    f: Positive | None = None
+    b: Positive | None = None
+    w: Positive | None = None
+    r: Annotated[float, Field(ge=0)] | None = None
+    link: Annotated[float, Field(ge=0)] | None = None
+    latency: Annotated[float, Field(ge=0)] | None = None
+    gpu: Place | None = None
     max_live: Positive | None = None
     time_limit: Positive = 10.0
 

@@ -20,10 +20,19 @@ def placement_of(config: Any, ranks: int) -> Placement:
     return family.placement(ranks) if family.chunks is None else family.placement(ranks, config.schedule.chunks or family.chunks)
 
 
-def build_schedule(config: Any, ranks: int, microbatches: int, forward: bool = False) -> Schedule:
+def given_costs(config: Any) -> Costs | None:
+    """What a search is for, as the configuration gives it; what it leaves out are the defaults of Costs. None if it gives nothing."""
+    times = {key: getattr(config.search, key) for key in ("f", "b", "w", "r", "link", "latency")}
+    given = {key: value for key, value in times.items() if value is not None}
+    return Costs(**given) if given else None
+
+
+def build_schedule(
+    config: Any, ranks: int, microbatches: int, forward: bool = False, costs: Costs | None = None
+) -> Schedule:
     """The schedule of a step. A searched one may differ from call to call: only one rank may ask for it.
 
-    Raises ValueError if a searched one cannot respect its `max_live`.
+    costs: what a search is for; None: what the configuration gives, or the defaults of Costs. Raises ValueError if a searched one cannot respect its `max_live`.
     """
     name, search = config.schedule.name, config.search
     if name != "auto":
@@ -31,7 +40,7 @@ def build_schedule(config: Any, ranks: int, microbatches: int, forward: bool = F
     placement = placement_of(config, ranks)
     if forward:
         return Schedule(name, placement, microbatches, forward_only(placement, microbatches), forward_only=True)
-    costs = Costs(f=search.f, b=search.b, w=search.w, r=search.r, link=search.link, latency=search.latency)
+    costs = costs or given_costs(config) or Costs()
     return auto(ranks, microbatches, costs, search.max_live, (search.placement,), search.time_limit)
 
 

@@ -17,6 +17,7 @@ from pipehc.planning.dry_run.hardware import Hardware, load_hardware
 
 if TYPE_CHECKING:
     from pipehc.planning.dry_run.summary import DryRun
+    from pipehc.schedules import Costs
 
 
 class Asked(NamedTuple):
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         "--imbalance", default="1", metavar="X", help="rows of the busiest rank's experts, of the mean (default: 1)"
     )
     parser.add_argument("--html", metavar="FILE", help="draw the simulated step")
+    parser.add_argument("--costs", metavar="FILE", help="only write what every stage costs: JSON, for Costs.from_json")
 
 
 def asked(args: argparse.Namespace, size: int | None = None, key: str = "") -> Asked:
@@ -79,6 +81,13 @@ def show(found: DryRun, plain: DryRun | None, args: argparse.Namespace) -> None:
     else:
         # A pipe or a file has no width of its own: rich would take 80 columns.
         show_tables(result, without, Console(highlight=False, width=None if sys.stdout.isatty() else 100))
+
+
+def write_costs(costs: Costs, path: str) -> None:
+    try:
+        Path(path).write_text(costs.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--costs {path}: cannot be written: {error}") from error
 
 
 def _draw(dry: DryRun, path: str) -> None:

@@ -80,23 +80,23 @@ def shipped() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in _SHIPPED.iterdir() if file.name.endswith(".yaml"))
 
 
-def load_hardware(name: str) -> Hardware:
-    """A shipped file by its name, or any by its path. Raises ConfigError that names file, key, value and what is allowed."""
+def load_hardware(name: str, key: str = "--gpu") -> Hardware:
+    """A shipped file by its name, or any by its path. key: what the user wrote it to. Raises ConfigError that names file, key, value and what is allowed."""
     if name in shipped():
         text = (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
     elif name.endswith((".yaml", ".yml")):
         try:
             text = Path(name).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--gpu {name}: cannot be read: {error}") from error
+            raise ConfigError(f"{key} {name}: cannot be read: {error}") from error
     else:
-        raise ConfigError(f"--gpu {name}: no such GPU; must be {', '.join(shipped())} or a .yaml file")
+        raise ConfigError(f"{key} {name}: no such GPU; must be {', '.join(shipped())} or a .yaml file")
     try:
         return Hardware.model_validate(parse_yaml(text))
     except ConfigError as error:
-        raise ConfigError(f"--gpu {name}: {error}") from error
+        raise ConfigError(f"{key} {name}: {error}") from error
     except ValidationError as error:
-        raise ConfigError(f"--gpu {name}: {'; '.join(map(_words, error.errors()))}") from None
+        raise ConfigError(f"{key} {name}: {'; '.join(map(_words, error.errors()))}") from None
 
 
 def _words(detail: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pipehc.config.schema import Config
 from pipehc.config.stages import build_schedule
-from pipehc.schedules import Placement, Schedule, check
+from pipehc.schedules import Action, Placement, Schedule, check
 
 
 def distinct_ranks(placement: Placement) -> list[int]:
@@ -42,3 +42,14 @@ def shortened(config: Config, dp: int) -> Config:
     microbatches = fewest_microbatches(lambda n: build_schedule(config, config.parallel.pp, n), config.microbatches(dp))
     batch = microbatches * dp * config.train.micro_batch
     return config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})
+
+
+def one_each(placement: Placement) -> Schedule:
+    """One micro-batch a lane, its forwards before its backwards: every action of every stage, once."""
+
+    def row(rank: int) -> tuple[Action, ...]:
+        held = sorted(placement.held(rank), key=lambda own: own[1])
+        forwards = [Action("F", stage, lane, lane) for lane, stage in held]
+        return (*forwards, *(action._replace(kind="B") for action in reversed(forwards)))
+
+    return Schedule("one of each", placement, placement.lanes, tuple(map(row, range(placement.ranks))))
