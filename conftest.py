@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # One compute thread, so that forked children (tests/helpers/processes.py) inherit no thread pool.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -11,3 +13,9 @@ torch.set_num_threads(1)
 # Triton chooses between compiler and interpreter when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Nothing is taken from the user's cache, and nothing left there."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

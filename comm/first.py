@@ -18,6 +18,7 @@ def from_first[T](work: Callable[[], T], limit_s: float = NCCL_LIMIT_S) -> T:
     rank, with the message, if `work` raises anything.
     """
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s))
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
     found: list[Any] = [None, None]  # a result, or else what went wrong
     if dist.get_rank() == 0:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from pipehc.schedules.node_costs import Key, NodeCost, Nodes, Table, frozen_nodes, frozen_table
 from pipehc.schedules.placement import Placement
@@ -53,6 +54,8 @@ class Costs:
     table: Mapping[Key, float] | Table | None = None
     nodes: Mapping[Key, Sequence[tuple[str, str, float]]] | Nodes | None = None
     one_worker: bool = False
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}  # of from_json
 
     def __post_init__(self) -> None:
         for key in ("f", "b", "w", "r", "high", "pair", "link", "latency", "activation_bytes"):

@@ -1,6 +1,7 @@
 """A dry run is the program: what it counts equals what the same program does to real tensors, to the byte."""
 
 import json
+import multiprocessing
 import os
 
 import pytest
@@ -75,6 +76,36 @@ def test_saved_activations_are_those_of_the_plan_and_of_the_first_step():
     for stage, saved in found.items():  # Table 3: nC at the start of a block, C a sub-layer, (n + 2) C rebuilt
         assert (saved.streams, saved.outputs, saved.connections) == (plan[stage].streams, plan[stage].outputs, 0)
         assert 0.4 * plan[stage].rebuilt < saved.rebuilt < 2 * plan[stage].rebuilt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("placement", "family"), [("bidirectional", "dualpipe"), ("v", "dualpipev"), ("linear", "zb_h1")])
+def test_costs_before_there_is_a_schedule_are_those_of_a_dry_run_with_one(placement, family):
+    """Of the same placement: of one micro-batch a direction what is counted of many. Messages too."""
+    from pipehc.schedules import Costs
+
+    def found(*overrides):
+        config = tiny_config(*BASE, "parallel.pp=2", *overrides)
+
+        def fn(_):
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            multiprocessing.current_process()._config["daemon"] = False  # ranks are processes of their own
+            from pipehc.dry_run import costs_for_search, dry_runs
+            from pipehc.planning.dry_run.hardware import load_hardware
+
+            hardware = load_hardware("h100")
+            if config.schedule.name == "auto":
+                return costs_for_search(config, hardware)
+            return dry_runs([config], hardware)[0].step.costs
+
+        return run_ranks(fn, 1, init=False)[0]
+
+    before, after = found("schedule.name=auto", f"search.placement={placement}"), found(f"schedule.name={family}")
+    assert (before.stages, before.link, before.latency) == (after.stages, after.link, after.latency) and before.link > 0
+    for stage in range(before.stages):
+        for kind in "FBWR":
+            assert before.time(kind, stage) == pytest.approx(after.time(kind, stage), rel=0.03), (kind, stage)
+    assert Costs.from_json(before.to_json()) == before
 
 
 def test_the_command_prints_what_a_plan_needs(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ def placement_of(config: Any, ranks: int) -> Placement:
 
 
 def given_costs(config: Any) -> Costs | None:
-    """What a search is for, as the configuration gives it; what it leaves out are the defaults of Costs. None if it gives nothing."""
+    """What a search is for, where the configuration gives any of it; the rest are the defaults of Costs."""
     times = {key: getattr(config.search, key) for key in ("f", "b", "w", "r", "link", "latency")}
     given = {key: value for key, value in times.items() if value is not None}
     return Costs(**given) if given else None
@@ -32,7 +32,8 @@ def build_schedule(
 ) -> Schedule:
     """The schedule of a step. A searched one may differ from call to call: only one rank may ask for it.
 
-    costs: what a search is for; None: what the configuration gives, or the defaults of Costs. Raises ValueError if a searched one cannot respect its `max_live`.
+    costs: what a search is for; None: what the configuration gives, or the defaults of Costs. Raises ValueError if a searched
+    one cannot respect its `max_live`.
     """
     name, search = config.schedule.name, config.search
     if name != "auto":

@@ -28,14 +28,15 @@ from pipehc.megatron.job import schedule as job_schedule
 from pipehc.megatron.job.chunk import ChunkStage
 from pipehc.megatron.job.enable import Enabled
 from pipehc.megatron.job.schedule import ForwardBackward
-from pipehc.megatron.job.source import Given, Searched
+from pipehc.megatron.job.searched import Searched
+from pipehc.megatron.job.source import Given
 from pipehc.megatron.layer import hyper_connection_layers
 from pipehc.planning.dry_run.counting import counting, persistent
 from pipehc.planning.dry_run.job import Job
 from pipehc.planning.dry_run.observer import Observer, TellingStage
 from pipehc.planning.dry_run.peaks import peak
 from pipehc.planning.dry_run.rank_run import RankRun
-from pipehc.planning.dry_run.shortened import fewest_microbatches
+from pipehc.planning.dry_run.shortened import fewest_microbatches, one_each
 from pipehc.planning.dry_run.tracker import Moment, Tracker, Where
 from pipehc.schedules import Program, Schedule, compile
 
@@ -61,8 +62,10 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
 
 
 class Request(NamedTuple):
-    """script, arguments: as the job has them. rank: of the world. schedule: that of rank 0 where it is searched. plain: with the
-    residual connections as the job has them. device, host: see `Tracker`; for comparisons with real tensors."""
+    """script, arguments: as the job has them. rank: of the world. schedule: where it is searched; None: rank 0 does, for given
+    costs, or else every rank runs one micro-batch a direction. plain: with the residual connections as the job has them.
+    device, host: see `Tracker`; for comparisons with real tensors.
+    """
 
     script: str
     arguments: tuple[str, ...]
@@ -76,12 +79,16 @@ class Request(NamedTuple):
 
 
 class Found(NamedTuple):
-    """pipeline: the ranks of its pipeline, of the world. program: of the whole step."""
+    """pipeline: the ranks of its pipeline, of the world. program: of the whole step, of `microbatches`. search: what finds the
+    schedule of that step, if that needs costs first; the program is then one that tells them.
+    """
 
     run: RankRun
     job: Job
     pipeline: tuple[int, ...]
     program: Program
+    microbatches: int
+    search: Searched | None
 
 
 class Failure(NamedTuple):
@@ -176,7 +183,7 @@ class _Rank:
             saved={},
             groups=len(tracker.groups),
         )
-        return Found(run, function.job, function.pipeline, function.whole)
+        return Found(run, function.job, function.pipeline, function.program, function.whole, function.search)
 
     # -- in the places of others' functions
 
@@ -288,12 +295,15 @@ class _Silent:
 
 
 class DryForwardBackward(ForwardBackward):
-    """Counts the one call that is not for warming. job, whole: known after it."""
+    """Counts the one call that is not for warming. job, program, whole (the micro-batches of a step): known after it."""
 
     stage_type = _Stage
 
     def __init__(self, dry: _Rank, source: Any, recompute: bool, block: int | None, overlap: bool, tracing: Any, hang: Any) -> None:
-        if dry.schedule is not None and isinstance(source, Searched):
+        self.search: Searched | None = None
+        if isinstance(source, Searched) and dry.schedule is None and source.costs is None:
+            self.search = source
+        elif isinstance(source, Searched) and dry.schedule is not None:
             source = Given(dry.schedule)
         tracing.steps, tracing.nvtx = None, False
         super().__init__(source, recompute, block, overlap, tracing, _Silent())  # type: ignore[arg-type]
@@ -308,14 +318,18 @@ class DryForwardBackward(ForwardBackward):
             raise ValueError("a loop that is not megatron.training's: a dry run is of scripts that call its pretrain()")
         model = arguments["model"]
         chunks: list[Any] = model if isinstance(model, list) else [model]
-        whole, pipeline = arguments["num_microbatches"], parallel_state.get_pipeline_model_parallel_group()
+        self.whole, pipeline = arguments["num_microbatches"], parallel_state.get_pipeline_model_parallel_group()
         self.rank, self.pipeline = pipeline.rank(), tuple(dist.get_process_group_ranks(pipeline))
-        microbatches = whole
-        if not isinstance(self.source, Searched | Given):  # those are for their number of micro-batches
-            microbatches = fewest_microbatches(lambda n: self.source.build(pipeline.size(), n, False), whole)
+        microbatches, ranks = self.whole, pipeline.size()
+        if self.search is not None:
+            schedule = one_each(self.search.placement(ranks))
+            self.source, microbatches = Given(schedule), schedule.microbatches
+        else:
+            schedule = self.source.build(ranks, self.whole, False)
+            if not isinstance(self.source, Searched | Given):  # those are for their number of micro-batches
+                microbatches = fewest_microbatches(lambda n: self.source.build(ranks, n, False), self.whole)
         self.microbatches = microbatches
-        schedule = self.source.build(pipeline.size(), whole, False)
-        self.whole = compile(schedule, recompute=self._recompute, high=True)
+        self.program = compile(schedule, recompute=self._recompute, high=True)
         self.stages = tuple(sorted(stage for _, stage in schedule.placement.held(self.rank)))
         self._dry.begin(chunks)
         reports = super().__call__(**arguments | {"num_microbatches": microbatches})

@@ -45,9 +45,12 @@ def _run(args: argparse.Namespace) -> int:
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
-    from pipehc.megatron.job.dry_job import ScriptError, dry_runs
+    from pipehc.megatron.job.dry_job import ScriptError, costs, dry_runs
 
     try:
+        if args.costs is not None:
+            command.write_costs(costs(args.script, args.arguments, world_size, asked), args.costs)
+            return 0
         found = dry_runs(args.script, args.arguments, world_size, asked)
     except ScriptError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -69,7 +69,7 @@ def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: An
         data_parallel = args.data_parallel_size
         microbatches = args.global_batch_size // (args.micro_batch_size * data_parallel)
         try:
-            source.build(ranks, microbatches, False)
+            source.check(ranks, microbatches)
         except (ValueError, ScheduleError) as error:
             raise ValueError(
                 f"{named('global_batch_size', args.global_batch_size)}: makes {microbatches} micro-batches of "

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pipehc.megatron.job.option_values import is_positive, is_whole, refuse_unless
-from pipehc.schedules import FAMILIES, Costs, Placement, Schedule, build
-from pipehc.schedules.auto import SEARCHED, AutoReport, auto_report
+from pipehc.megatron.job.searched import Searched
+from pipehc.schedules import FAMILIES, Placement, Schedule, build
 from pipehc.schedules.families.forward import forward_only as forward_rows
 from pipehc.schedules.placement import looped
 
-SEARCH_OPTIONS = ("costs", "placement", "max_live", "time_limit", "seed")
+SEARCH_OPTIONS = ("costs", "gpu", "placement", "max_live", "time_limit", "seed")
 RUN_OPTIONS = (
     "recompute", "recompute_block", "overlap", "timeout_s", "trace_steps", "trace_folder", "watchdog_folder", "nvtx",
 )  # fmt: skip
@@ -35,8 +32,11 @@ class ScheduleSource(Protocol):
 
     def build(self, ranks: int, microbatches: int, forward_only: bool) -> Schedule: ...
 
+    def check(self, ranks: int, microbatches: int) -> None:
+        """Raises ValueError or ScheduleError where `build` would for training. Not collective."""
+
     def origin(self, microbatches: int) -> str:
-        """Where the training schedule of so many micro-batches, built before, comes from, in words; empty if its name says it."""
+        """Where the training schedule of so many micro-batches comes from, in words; empty if its name says it."""
 
 
 def refuse_unknown_options(schedule: Any, given: Mapping[str, Any], run_options: Sequence[str] = RUN_OPTIONS) -> None:
@@ -90,6 +90,9 @@ class Family:
         chunks = None if FAMILIES[self.name].chunks is None else _virtual_stages()
         return build(self.name, ranks, microbatches, chunks=chunks, forward=forward_only)
 
+    def check(self, ranks: int, microbatches: int) -> None:
+        self.build(ranks, microbatches, False)
+
     def origin(self, microbatches: int) -> str:
         return ""
 
@@ -104,6 +107,9 @@ class Megatrons:
 
     def build(self, ranks: int, microbatches: int, forward_only: bool) -> Schedule:
         raise AssertionError("Megatron runs its own schedule")
+
+    def check(self, ranks: int, microbatches: int) -> None:
+        pass
 
     def origin(self, microbatches: int) -> str:
         return ""
@@ -131,75 +137,11 @@ class Given:
             )
         return self._schedule
 
+    def check(self, ranks: int, microbatches: int) -> None:
+        self.build(ranks, microbatches, False)
+
     def origin(self, microbatches: int) -> str:
         return "as given"
-
-
-class Searched:
-    """`auto` over one placement; rank 0 searches, since the clock may end it, and the others take what it found."""
-
-    name = "auto"
-
-    def __init__(
-        self,
-        costs: Costs | None = None,
-        placement: str = "linear",
-        max_live: float | None = None,
-        time_limit: float = 10.0,
-        seed: int = 0,
-    ) -> None:
-        refuse_unless(costs is None or isinstance(costs, Costs), "costs", costs, "a Costs of pipehc.schedules, or None")
-        known = isinstance(placement, str) and placement in SEARCHED
-        refuse_unless(known, "placement", placement, f"one of {', '.join(SEARCHED)}")
-        refuse_unless(max_live is None or is_positive(max_live), "max_live", max_live, "a number above 0, or None")
-        refuse_unless(is_positive(time_limit), "time_limit", time_limit, "a number of seconds above 0")
-        refuse_unless(is_whole(seed, 0), "seed", seed, "a whole number from 0 on")
-        self._costs, self._placement, self._default_costs = costs or Costs(), placement, costs is None
-        self._options: dict[str, Any] = {"max_live": max_live, "time_limit": time_limit, "seed": seed}
-        self._found: dict[int, Schedule] = {}
-        self._reports: dict[int, AutoReport] = {}  # on rank 0
-
-    def placement(self, ranks: int) -> Placement:
-        return SEARCHED[self._placement](ranks)
-
-    def build(self, ranks: int, microbatches: int, forward_only: bool) -> Schedule:
-        if forward_only:
-            return Given(self.build(ranks, microbatches, False)).build(ranks, microbatches, True)
-        if microbatches not in self._found:
-            found: list[Any] = [None]
-            if dist.get_rank() == 0:
-                try:
-                    report = auto_report(ranks, microbatches, self._costs, placements=(self._placement,), **self._options)
-                    found, self._reports[microbatches] = [report.schedule], report
-                except Exception as error:  # whatever it is: the other ranks wait for an answer
-                    found = [str(error) if isinstance(error, ValueError) else repr(error)]
-            dist.broadcast_object_list(found, src=0)
-            if isinstance(found[0], str):
-                raise ValueError(f"schedule = 'auto': {found[0]}")
-            self._found[microbatches] = found[0]
-        return self._found[microbatches]
-
-    def origin(self, microbatches: int) -> str:
-        """On rank 0."""
-        report, costs = self._reports[microbatches], self._costs
-        given = ", ".join(
-            f"{f.name} = {_short(getattr(costs, f.name))}"
-            for f in fields(costs)
-            if f.name in ("f", "b", "w") or getattr(costs, f.name) != f.default
-        )
-        source = "the default costs (costs=Costs(...) gives others)" if self._default_costs else "costs"
-        bound = "proven the best" if report.optimal else f"at most {report.gap:.1%} from the best possible"
-        named = "no named schedule fits"
-        if report.named is not None:
-            named = f"{report.named_makespan / report.makespan - 1:.1%} faster than {report.named}"
-        if report.schedule.name == report.named:
-            named = f"it is {report.named}"
-        return f"searched over the {self._placement} placement from {source} {given}: {named}, {bound}"
-
-
-def _short(value: Any) -> str:
-    """Four digits of a number, or of each in nested tuples."""
-    return f"({', '.join(map(_short, value))})" if isinstance(value, tuple) else f"{value:.4g}"
 
 
 def _virtual_stages() -> int | None:

@@ -81,7 +81,10 @@ def shipped() -> list[str]:
 
 
 def load_hardware(name: str, key: str = "--gpu") -> Hardware:
-    """A shipped file by its name, or any by its path. key: what the user wrote it to. Raises ConfigError that names file, key, value and what is allowed."""
+    """A shipped file by its name, or any by its path. key: what the user wrote it to.
+
+    Raises ConfigError that names file, key, value and what is allowed.
+    """
     if name in shipped():
         text = (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
     elif name.endswith((".yaml", ".yml")):

@@ -67,7 +67,7 @@ def test_what_a_search_found_and_from_which_costs():
 
     ((default, given),) = run_ranks(searched, 1)
     assert default.startswith(
-        "searched over the linear placement from the default costs (costs=Costs(...) gives others) f = 1, b = 1, w = 1: "
+        "searched over the linear placement from costs f = 1, b = 1, w = 1, a guess (costs=Costs(...) gives others; no dry run: "
     )
     assert given.startswith("searched over the v placement from costs f = 40, b = 40, w = 40, link = 6.667, weights = (1, 2): ")
     assert all("best" in text and ("faster than" in text or "it is" in text) for text in (default, given))

@@ -15,7 +15,7 @@ from processes import run_ranks
 from pipehc.megatron import build_model_chunks, enable, forward_backward_func, hyper_connection_layer_spec, wrap_model_chunks
 from pipehc.megatron.job.flags import flag_of
 from pipehc.megatron.job.refusals import OPTIONS, refuse_options
-from pipehc.schedules import build
+from pipehc.schedules import Costs, build
 
 OURS = dict(
     recompute=True, recompute_block=2, overlap=False, timeout_s=600.0, trace_steps=(1, 2), trace_folder="here", nvtx=True,
@@ -39,6 +39,9 @@ ARGUMENTS = [
     (dict(schedule="megatron"), "residual = None: changes nothing"),
     (dict(schedule="auto", placement=["v"]), r"placement = \['v'\]: must be one of linear"),
     (dict(schedule="auto", costs=3), "costs = 3: must be a Costs"),
+    (dict(schedule="auto", gpu=3), "gpu = 3: must be a hardware file's name or path"),
+    (dict(schedule="auto", gpu="h9"), "gpu = h9: no such GPU; must be a100, b200"),
+    (dict(schedule="auto", gpu="h100", costs=Costs()), "gpu = 'h100': must be None beside costs"),
     (dict(schedule="auto", max_live=-1), "max_live = -1: must be a number above 0"),
     (dict(schedule="auto", time_limit="x"), "time_limit = 'x': must be a number of seconds"),
     (dict(schedule="auto", time_limit=float("nan")), "time_limit = nan: must be a number of seconds"),
