@@ -75,4 +75,6 @@ def test_times_are_those_of_the_slower_of_memory_and_arithmetic():
     assert found.exchange_ms == pytest.approx(1e3 * 7 / (450 * 0.75) + 0.01)
     assert cost({exchange: 1}, hardware, experts=16).exchange_ms == pytest.approx(1e3 * 7.5 / (50 * 0.85) + 0.02)
     sums = Operation("c10d._reduce_scatter_base_", "communication", False, 0.0, 10**9)
+    everywhere = sums._replace(name="c10d.allreduce_")
+    assert collectives({everywhere: 1}, 4, hardware.nvlink)[1] == pytest.approx(2 * (750 / (450 * 0.75) + 0.01))
     assert collectives({sums: 2, exchange: 1}, 4, hardware.nvlink) == (2e9, pytest.approx(2 * (750 / (450 * 0.75) + 0.01)))

@@ -10,7 +10,7 @@ from kernel_cases import backend, make_inputs
 from pipehc.kernels import coefficients_pre, post_res, post_res_pre
 from pipehc.kernels.language import noting
 from pipehc.kernels.manifolds import Birkhoff, IdentityOffset
-from pipehc.planning.dry_run.operations import FLOPS_PER_CHANNEL, SUMS
+from pipehc.planning.dry_run.operations import FLOPS_PER_CHANNEL, SUMS, operation
 from pipehc.planning.dry_run.tables import actions, phase
 from pipehc.planning.dry_run.tracker import Tracker, Where
 
@@ -116,3 +116,9 @@ def test_the_arithmetic_of_every_kernel_is_known():
                 is_kernel = ast.unparse(node.func.value).endswith("kernel")
                 assert not is_kernel or path.name == "language.py", f"{path}: kernels launch through `language.launch`"
     assert kernels == FLOPS_PER_CHANNEL.keys() | SUMS
+
+
+@pytest.mark.parametrize(("name", "moved"), [("_allgather_base_", 800), ("_reduce_scatter_base_", 100), ("alltoall_base_", 100)])
+def test_a_gather_moves_what_it_gets_and_other_collectives_what_they_are_given(name, moved):
+    func, output, given = getattr(torch.ops.c10d, name).default, torch.empty(200), torch.empty(25)
+    assert operation(func, (output, given), {}, output) == (f"c10d.{name}", "communication", False, 0.0, moved)

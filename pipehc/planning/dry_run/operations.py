@@ -16,7 +16,7 @@ Class = Literal["matmul", "attention", "other", "communication"]
 
 class Operation(NamedTuple):
     """One launch. sort: what its speed depends on. half: whether it computes in 16 bits. bytes: read and written, every tensor
-    once; of a communication, what this rank gives to it."""
+    once; of a communication, what this rank gives to it; of a gather what it gets."""
 
     name: str
     sort: Class
@@ -56,7 +56,7 @@ def operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     if func in _FREE or is_view(func):
         return None
     if func.namespace == "c10d":
-        return Operation(str(func._overloadpacket), "communication", False, 0.0, _given(func, args))
+        return Operation(str(func._overloadpacket), "communication", False, 0.0, _moved(func, args))
     name = func._schema.name
     inputs = [t for t in tree_iter((args, {k: v for k, v in kwargs.items() if k != "out"})) if isinstance(t, torch.Tensor)]
     written = sum(size(t) for t in tree_iter(out) if isinstance(t, torch.Tensor))
@@ -80,12 +80,11 @@ def operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     return Operation(str(func._overloadpacket), sort, half, flops, read + written)  # type: ignore[arg-type]
 
 
-def _given(func: Any, args: tuple[Any, ...]) -> int:
-    """What a rank gives to a collective: its input where it has one, else the tensors that it works on in place."""
-    takes_output_first = {"alltoall_base_", "_allgather_base_", "_reduce_scatter_base_", "allgather_into_tensor_coalesced_",
-                          "reduce_scatter_tensor_coalesced_"}  # fmt: skip
-    given = args[1] if func._overloadpacket.__name__ in takes_output_first else args[0]
-    return sum(size(t) for t in tree_iter(given) if isinstance(t, torch.Tensor))
+def _moved(func: Any, args: tuple[Any, ...]) -> int:
+    """What a rank gives to a collective, of a gather what it gets; that is their first argument, or what they work on in place."""
+    input_second = {"alltoall_base_", "_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"}
+    moved = args[1] if func._overloadpacket.__name__ in input_second else args[0]
+    return sum(size(t) for t in tree_iter(moved) if isinstance(t, torch.Tensor))
 
 
 def kernel(name: str, args: Sequence[Any]) -> Operation:

@@ -59,16 +59,20 @@ def cost(work: Work, hardware: Hardware, experts: int) -> Cost:
 
 
 def collectives(work: Work, processes: int, link: Link) -> tuple[float, float]:
-    """(bytes, ms) of the sums and gathers over the replicas of a stage; sends and receives of stage messages are not among them."""
+    """(bytes, ms) of the sums and gathers over the replicas of a stage; sends and receives of stage messages are not among them.
+
+    Around a ring: a sum that everyone gets is a scattered one and a gather, so it takes twice as long.
+    """
     own = {o: n for o, n in work.items() if o.sort == "communication" and o.name not in (_ALL_TO_ALL, "c10d.send", "c10d.recv_")}
     return (
         sum(n * operation.bytes for operation, n in own.items()),
-        sum(n * _transfer_ms(operation.bytes, processes, link) for operation, n in own.items()),
+        sum(n * (2 if o.name in _SUMS else 1) * _transfer_ms(o.bytes, processes, link) for o, n in own.items()),
     )
 
 
 _ALL_TO_ALL = "c10d.alltoall_base_"
+_SUMS = ("c10d.allreduce_", "c10d.allreduce_coalesced_")
 
 
-def _transfer_ms(given: float, processes: int, link: Link) -> float:
-    return 1e3 * given * (processes - 1) / processes / link.rate + 1e-3 * link.latency_us if processes > 1 else 0.0
+def _transfer_ms(moved: float, processes: int, link: Link) -> float:
+    return 1e3 * moved * (processes - 1) / processes / link.rate + 1e-3 * link.latency_us if processes > 1 else 0.0

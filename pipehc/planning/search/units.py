@@ -184,10 +184,13 @@ class Composer:
         return collectives(work, replicas, self._hardware.link(replicas))[1]
 
     def _optimizer_ms(self, config: Config, own: Sequence[Parameters]) -> float:
-        sharded, replicas = self._per_parameter()[1], _replicas(config)
+        """The weights of its share, and then the gathers of all that it holds."""
+        (there, sharded), replicas = self._per_parameter(), _replicas(config)
         share = sum(count.total for count in own) / replicas / sharded
-        work = {operation: n * share for operation, n in phase(self._unit.run.launches, "optimizer").items()}
-        return cost(work, self._hardware, 1).device_ms + collectives(work, replicas, self._hardware.link(replicas))[1]
+        whole = sum(count.on_rank(config.parallel.ep) for count in own) / there
+        work = phase(self._unit.run.launches, "optimizer")
+        weights, gathers = ({operation: n * scale for operation, n in work.items()} for scale in (share, whole))
+        return cost(weights, self._hardware, 1).device_ms + collectives(gathers, replicas, self._hardware.link(replicas))[1]
 
 
 def _replicas(config: Config) -> int:
