@@ -45,7 +45,7 @@ def run_ranks(
     """
     context = get_context("fork")
     with tempfile.TemporaryDirectory(prefix="run_ranks-") as name:
-        folder, port = Path(name), _free_port()
+        folder, port = Path(name), free_port()
 
         def child(rank: int) -> None:
             _run_child(fn, rank, world_size, args, folder, port, group_timeout or timeout / 2 if init else None)
@@ -137,7 +137,7 @@ def _write(path: Path, data: bytes) -> None:
     partial.rename(path)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port below the range that the kernel hands out by itself, so that no other connection can take it meanwhile."""
     for port in random.SystemRandom().sample(range(20000, 32000), 100):
         with socket.socket() as s:

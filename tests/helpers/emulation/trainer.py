@@ -1,0 +1,69 @@
+"""The trainer on an emulated device."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from emulation import groups
+from emulation.device import Device, Temper
+from emulation.launch import Launches
+from emulation.queue import Skip, make_queues, never
+from tiny_model import micro_batch
+
+from pipehc.comm.queues import make_queues as host_queues
+from pipehc.schedules import compile
+from pipehc.trainer import Trainer
+
+
+class EmulatedTrainer(Trainer):
+    """Its groups are emulated ones (`groups.register`). Batches are random, equal for equal numbers."""
+
+    def microbatch(self, split: Any, sampler: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return micro_batch(self.config, first)
+
+    def compile(self, one_queue: bool) -> None:
+        """The program for streams that share hardware queues, or for those that do not."""
+        schedule = self.train_program.schedule
+        self.train_program = compile(schedule, recompute=self.config.recompute.enabled, high=True, one_queue=one_queue)
+
+    def gradients(self, launches: Launches | None, skip: Skip = never) -> list[dict[str, Any]]:
+        """Loss and summed gradients of two steps from the present weights, on a device, or on the host (None)."""
+        if launches is None:
+            self.queues = host_queues(self.device)
+            return [self._gradients(step) for step in (1, 2)]
+        self.queues, groups.current = make_queues(launches, skip), launches
+        try:
+            with launches.launching():
+                return [self._gradients(step) for step in (1, 2)]
+        finally:
+            groups.current = None
+
+    def _gradients(self, step: int) -> dict[str, Any]:
+        self.optimizer.zero_grad()
+        loss = self._run(self.train_program, None, None, first=step * self.config.train.global_batch, step=step)  # type: ignore[arg-type]
+        self.optimizer.reduce_gradients()
+        return {"loss": loss} | {name: gradient.clone() for name, gradient in self.optimizer.gradients().items()}
+
+
+def emulated(rank: int, world_size: int, port: int) -> None:
+    """Makes the default group an emulated one."""
+    groups.register()
+    address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=120)
+    dist.init_process_group("emulated", rank=rank, world_size=world_size, init_method=address, timeout=limit)
+
+
+def launches(seed: int, **temper: Any) -> Launches:
+    return Launches(Device(seed, Temper(**temper)))
+
+
+def differing(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
+    """Names of what is not equal to the bit."""
+    return [
+        name
+        for a, b in zip(found, expected, strict=True)
+        for name in b
+        if not (torch.equal(a[name], b[name]) if isinstance(b[name], torch.Tensor) else a[name] == b[name])
+    ]

@@ -1,0 +1,77 @@
+"""The trainer on an emulated CUDA device: whatever its streams, its allocator and its hosts' waits do, the gradients are to the bit
+those of the same program on the host."""
+
+import itertools
+
+import pytest
+from processes import free_port, run_ranks
+from tiny_model import tiny_config
+
+import pipehc.trainer  # noqa: F401 (imported once, for all children)
+
+LEAST = (
+    "model.blocks=2", "model.experts=2", "model.experts_active=1", "model.hidden_size=8", "model.heads=1", "model.head_dim=4", "model.rope_dim=2", "model.kv_rank=4",
+    "model.expert_ffn_size=8", "model.dense_ffn_size=8", "residual.sinkhorn_iterations=2", "train.sequence_length=5",
+    "train.micro_batch=1", "train.global_batch=4", "runtime.bucket_size=300",
+)  # fmt: skip
+AHEAD = (0.0, 0.02, 0.3, 0.9)
+"""From a device that does nothing until the host waits, to one that is all but idle."""
+
+
+def run(rank, overrides, tempers, port, world_size):
+    """What was wrong, by temper; and the waits of the host."""
+    from emulation.trainer import EmulatedTrainer, differing, emulated, launches
+
+    emulated(rank, world_size, port)
+    trainer = EmulatedTrainer(tiny_config(*overrides))
+    expected, found, waits = trainer.gradients(None), [], []
+    assert len(expected[0]) > 20
+    for seed, temper in tempers:
+        device = launches(seed, **temper)
+        trainer.compile(one_queue=temper.get("hardware_queues") is not None)
+        found.append(differing(trainer.gradients(device), expected))
+        waits.append(device.device.waits)
+    return found, waits
+
+
+def check(layout, tempers):
+    config = tiny_config(*LEAST, *layout)
+    world_size = config.parallel.pp * (config.parallel.dp or config.smallest_dp)
+    results = run_ranks(run, world_size, [*LEAST, *layout], tempers, free_port(), world_size, init=False, timeout=550)
+    for found, _ in results:
+        assert found == [[]] * len(tempers), [(temper, names[:3]) for temper, names in zip(tempers, found) if names]
+    return [waits for _, waits in results]
+
+
+def seeds(count):
+    """Of many kinds: one in two stops for an idle device now and then, some have few hardware queues."""
+    kinds = itertools.product(AHEAD, (0.0, 0.003), (None, None, 1, 3))
+    return [(k, {"ahead": a, "idle": i, "hardware_queues": q}) for k, (a, i, q) in zip(range(count), itertools.cycle(kinds))]
+
+
+DUALPIPE = ("schedule.name=dualpipe", "parallel.pp=2", "recompute.enabled=true")
+FOUR = ("parallel.pp=4", "model.blocks=4", "train.global_batch=8")
+LAYOUTS = {
+    "dualpipe": DUALPIPE,
+    "dualpipe over four": (*DUALPIPE, *FOUR),
+    "dualpipev": (*DUALPIPE, "schedule.name=dualpipev", "model.blocks=4"),
+    "zbv": (*DUALPIPE, "schedule.name=zbv", "model.blocks=4"),
+    "interleaved over four": (*DUALPIPE, "schedule.name=interleaved", *FOUR, "model.blocks=8"),
+    "1f1b over four": (*DUALPIPE, "schedule.name=1f1b", *FOUR),
+    "zb_h1, without recomputation": (*DUALPIPE, "schedule.name=zb_h1", "recompute.enabled=false"),
+    "experts over two ranks": (*DUALPIPE, "parallel.ep=2", "train.global_batch=8"),
+    "bf16, blocks of one": (*DUALPIPE, "train.precision=bf16", "recompute.block=1"),
+    "two replicas, harmonized": (*DUALPIPE, "parallel.dp=2", "train.global_batch=8", "residual.kind=harmonized"),
+    "the plain residual": (*DUALPIPE, "residual.kind=none"),
+}
+
+
+@pytest.mark.parametrize("layout", ["dualpipe", "experts over two ranks"])
+def test_gradients_on_a_device(layout):
+    check(LAYOUTS[layout], seeds(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_for_many_seeds(layout):
+    check(LAYOUTS[layout], seeds(46))
