@@ -16,16 +16,6 @@ GPU_DEFAULTS = {
 }
 
 
-STREAMS = 16
-"""What a rank uses at most: two compute queues, all-to-alls, four neighbour edges, and Megatron's groups."""
-
-
-def few_queues(environment: Mapping[str, str], on_gpu: bool) -> bool:
-    """Whether streams of a rank share hardware queues, so that a message that is waited for may hold up other work."""
-    connections = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
-    return on_gpu and (int(connections) if connections.isdigit() else 8) < STREAMS
-
-
 def set_gpu_defaults(environment: MutableMapping[str, str]) -> None:
     """Sets what is not set. Call it before CUDA is initialised; `torch.cuda.is_available` does that."""
     for key, value in GPU_DEFAULTS.items():

@@ -54,6 +54,10 @@ class DryTrainer(Trainer):
             with self._tracker.off():
                 super().initialise(model)
 
+    def hosts_wait(self) -> bool:
+        """The program of a GPU."""
+        return True
+
     def microbatch(self, split: Any, sampler: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (self.config.train.micro_batch, self.config.train.sequence_length)
         tokens, labels = (torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in range(2))
@@ -169,7 +173,7 @@ def dry_runs(
         except ValueError as error:
             raise ConfigError(f"search: {error}") from error
         searched = schedule if config.schedule.name == "auto" else None
-        prepared.append((config, dp, compile(schedule, recompute=config.recompute.enabled, high=True), len(own)))
+        prepared.append((config, dp, compile(schedule, recompute=config.recompute.enabled, high=True, hosts_wait=True), len(own)))
         requests += [Request(shortened(config, dp), rank, searched, imbalance) for rank in own]
     found = iter(run_ranks(requests))
     return [assemble(job_of(config, dp), hardware, list(islice(found, count)), program) for config, dp, program, count in prepared]
@@ -183,7 +187,8 @@ def costs_for_search(config: Config, hardware: Hardware, imbalance: float = 1.0)
     batch = schedule.microbatches * dp * config.train.micro_batch
     short = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})
     runs = run_ranks([Request(short, rank, schedule, imbalance) for rank in distinct_ranks(config.placement)])
-    step = assemble(job_of(short, dp), hardware, runs, compile(schedule, recompute=config.recompute.enabled, high=True)).step
+    program = compile(schedule, recompute=config.recompute.enabled, high=True, hosts_wait=True)
+    step = assemble(job_of(short, dp), hardware, runs, program).step
     assert step is not None, "every stage was run"
     return step.costs
 

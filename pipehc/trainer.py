@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipehc.comm.environment import few_queues
 from pipehc.comm.groups import edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem
 from pipehc.comm.messages import Mailbox
@@ -64,8 +62,7 @@ class Trainer:
         dp = dist.get_world_size() // (parallel.pp * parallel.tp)
         found = Found(schedule, "") if schedule else training_schedule(config, config.microbatches(dp), dp)
         schedule, self.schedule_origin = found
-        self._few_queues = few_queues(os.environ, torch.cuda.is_available())
-        self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True, one_queue=self._few_queues)
+        self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True, hosts_wait=self.hosts_wait())
         placement = self.train_program.schedule.placement
         edges, replicas = self.train_program.edges(), dp * parallel.tp
         pipelines = [[position * replicas + i for position in range(parallel.pp)] for i in range(replicas)]
@@ -153,7 +150,7 @@ class Trainer:
     def _evaluation_program(self) -> Program:
         microbatches = self.config.evaluation_microbatches(self.groups.dp_size)
         schedule = build_schedule(self.config, self.config.parallel.pp, microbatches, forward=True)
-        return compile(schedule, high=True, one_queue=self._few_queues)
+        return compile(schedule, high=True, hosts_wait=self.hosts_wait())
 
     def check_replicas(self) -> None:
         """Raises TrainingError, on every rank, unless all ranks that hold a weight hold the same bits of it. Collective."""
@@ -212,6 +209,10 @@ class Trainer:
         self.mailbox.begin(schedule.forward_only)
         execute(instructions, schedule.placement, stages, self.mailbox, observers, overlap, self.queues)
         return self.mean_loss([loss for stage in stages.values() for loss in stage.losses.values()], tokens_in_all, step)
+
+    def hosts_wait(self) -> bool:
+        """Whether a host may have to wait for an idle device in the middle of a step, as many calls of CUDA do."""
+        return torch.cuda.is_available()
 
     def initialise(self, model: StageModel) -> None:
         """Gives a stage the weights of `train.seed`."""

@@ -8,7 +8,7 @@ from pipehc.schedules.actions import Action, Pair, flatten
 from pipehc.schedules.buffers import Reuse, ReuseByDependence, ReuseByTime, add_events, assign_slots
 from pipehc.schedules.check import check
 from pipehc.schedules.dependence import Dependence
-from pipehc.schedules.issued import Clocks, check_one_queue
+from pipehc.schedules.issued import Clocks, check_hosts_wait
 from pipehc.schedules.order import incoming, outgoing
 from pipehc.schedules.posting import add_posts
 from pipehc.schedules.program import ComputeQueue, Instruction, Placed, Program, ProgramError, Run, Send, Wait
@@ -24,15 +24,15 @@ def compile(
     split_backward: bool = True,
     recompute: bool = False,
     high: bool = False,
-    one_queue: bool = False,
+    hosts_wait: bool = False,
 ) -> Program:
     """The program of `schedule`, checked before and verified after.
 
     ahead: receives posted on a directed edge beyond those that the current cell waits for; it bounds the receive buffers.
     split_backward: a full backward whose input gradient goes to another rank becomes I, send, W: the neighbour starts earlier.
     recompute: an R before the wait for the gradient that needs it, for every backward that has none in the schedule.
-    one_queue: safe also where a rank has fewer hardware queues than streams (CUDA_DEVICE_MAX_CONNECTIONS), at the price of receives
-        that are posted later.
+    hosts_wait: safe also where hosts wait for idle devices, several at once, in the middle of a step, and where a rank has fewer
+        hardware queues than streams (CUDA_DEVICE_MAX_CONNECTIONS), at the price of receives that are posted later. For CUDA.
     high: the last piece of a forward and the first of a backward run on the high-priority queue (mHC's post-residual of the MLP),
         except on the last stage, where the loss comes in between.
     Raises ScheduleError if the schedule cannot run, ValueError if `ahead` is not positive.
@@ -42,16 +42,16 @@ def compile(
     earliest = check(schedule).earliest
     lowered = [_lower_row(schedule, rank, split_backward, recompute, high) for rank in range(schedule.ranks)]
     dependence = Dependence(lowered, earliest)
-    placed = add_posts(lowered, dependence, ahead, one_queue)
-    if one_queue:
+    placed = add_posts(lowered, dependence, ahead, hosts_wait)
+    if hosts_wait:
         program, clocks = _with_buffers(schedule, placed, Reuse(), ahead + 1)
-        check_one_queue(program)
+        check_hosts_wait(program)
     else:
         try:
             program, clocks = _with_buffers(schedule, placed, ReuseByTime(placed, earliest), ahead + 1)
         except ProgramError:  # few schedules need more buffers than time suggests
             program, clocks = _with_buffers(schedule, placed, ReuseByDependence(placed, dependence), ahead + 1)
-    return replace(program, reductions=reductions(program, clocks, one_queue))
+    return replace(program, reductions=reductions(program, clocks, hosts_wait))
 
 
 def _with_buffers(schedule: Schedule, rows: list[list[Placed]], reuse: Reuse, spare: int) -> tuple[Program, Clocks]:

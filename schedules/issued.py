@@ -1,18 +1,19 @@
 """Proves of a compiled program: at every point of every rank's host, all work issued so far ends without that host doing more.
 
-So a host may wait for an idle device wherever it likes, and many calls do: memory that is given back, a kernel that is loaded
+So one host may wait for an idle device wherever it likes, as many calls do: memory that is given back, a kernel that is loaded
 late, a library's workspace. The rule holds for any number of hardware queues from the number of streams on, however slow any
-rank or link is.
+rank or link is. It lets a message depend on what *another* host has yet to issue: if that one waits for an idle device too, and its
+device for a message of this host, both wait forever. Where hosts may wait at the same time, more is asked for: `check_hosts_wait`.
 
 The proof. A receive starts when it is issued, when the receives of its edge before it have ended and after its events; a send
 likewise; both end when both have started. A Run starts after the Run before it, the messages waited for before it and its
 events; the two halves of a pair wait for the messages of both. For every piece of work, a clock holds the last instruction of
 every rank that it depends on. The rule says: what an instruction of a rank needs to end lies, on that rank, not behind it.
 
-With fewer hardware queues than streams, work may also have to wait for whatever was issued before it, on any stream of its
-rank. In the worst case, one queue, every instruction does: then every post and every send blocks its rank until the other side
-gets there. If the program ends even so, the rule holds for any number of queues and any mapping of streams to them, because
-each adds some of these orders and no others.
+With several hosts that wait, or with fewer hardware queues than streams, work may also have to wait for whatever was issued
+before it, on any stream of its rank. In the worst case, a host that waits after every instruction, or one queue, all of it does:
+then every post and every send blocks its rank until the other side gets there. If the program ends even so, it ends wherever hosts
+wait, and for any number of queues and any mapping of streams to them, because each adds some of these orders and no others.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def check_issued(program: Program) -> Clocks:
     return Clocks(program).check()
 
 
-def check_one_queue(program: Program) -> None:
-    """Raises ProgramError unless the rule holds with one hardware queue a rank, so with any number."""
+def check_hosts_wait(program: Program) -> None:
+    """Raises ProgramError unless the program ends wherever hosts wait for idle devices, and with any number of hardware queues."""
     rows = [[i for i in row if isinstance(i, (Post, Send))] for row in program.instructions]
     position = [0] * len(rows)
     runnable = list(range(len(rows)))
@@ -47,7 +48,7 @@ def check_one_queue(program: Program) -> None:
             runnable.append(peer)
     stuck = [f"rank {rank} {_words(row[k])}" for rank, (row, k) in enumerate(zip(rows, position)) if k < len(row)]
     if stuck:
-        raise ProgramError(f"with one hardware queue a rank, nobody gets further: {'; '.join(stuck)}")
+        raise ProgramError(f"if every host waits for its device, nobody gets further: {'; '.join(stuck)}")
 
 
 def _words(i: Instruction) -> str:

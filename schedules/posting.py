@@ -5,15 +5,17 @@ message depended on something that its receiver has yet to issue, then at that p
 have work that cannot end: whatever waits there for an idle device would hang (see `issued`). So a post stands behind the last
 cell of its rank on which its message depends, by whatever way through other ranks.
 
-With fewer hardware queues than streams (CUDA_DEVICE_MAX_CONNECTIONS=1), a receive also holds up all that is issued behind it.
-Then posts are placed by running the rows of all ranks as if every post and every send blocked its rank until the other side got
-there:
+Where several hosts wait for idle devices at once, that is not enough: what a receive needs may still have to be issued by a host
+that waits for a message of this one. And with fewer hardware queues than streams (CUDA_DEVICE_MAX_CONNECTIONS=1), a receive also
+holds up all that is issued behind it. Then posts are placed by running the rows of all ranks as if every post and every send
+blocked its rank until the other side got there:
 
 - If all ranks are stuck, a rank that waits at a send gets its receive at once, wherever its peer stands: the message is computed,
   so it depends on nothing that the peer has yet to issue.
 - If nobody is at a send, a rank in the circle puts its receive off to its next cell: the one with the longest time to its use.
 
-What comes out has been run to its end in that model, which no timing and no sharing of queues can make stricter.
+What comes out has been run to its end in that model, which no timing, no waits of hosts and no sharing of queues can make
+stricter.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from pipehc.schedules.program import Edge, Message, Placed, Post, Send, Wait
 
 
 def add_posts(
-    rows: Sequence[Sequence[Placed]], dependence: Dependence, ahead: int, one_queue: bool
+    rows: Sequence[Sequence[Placed]], dependence: Dependence, ahead: int, hosts_wait: bool
 ) -> list[list[Placed]]:
-    """The rows of all ranks, each in order, with a post for every message. Posts stand in front of a cell or, with one queue,
-    behind a send inside one.
+    """The rows of all ranks, each in order, with a post for every message. Posts stand in front of a cell or, if hosts
+    wait, behind a send inside one.
 
     ahead: receives of an edge posted beyond those that the current cell waits for, at most.
     """
@@ -38,7 +40,7 @@ def add_posts(
             if isinstance(instruction, Send):
                 sent.setdefault((instruction.message.source, instruction.message.target), []).append(instruction.message)
     ranks = [_Rank(rank, row, sent, dependence, ahead) for rank, row in enumerate(rows)]
-    if not one_queue:
+    if not hosts_wait:
         return [rank.with_posts() for rank in ranks]
     runnable = list(range(len(ranks)))
     while not all(rank.done for rank in ranks):

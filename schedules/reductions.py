@@ -15,12 +15,12 @@ from pipehc.schedules.placement import Placement
 from pipehc.schedules.program import Held, Instruction, Post, Program, Reduction, Run, Send, inputs_first
 
 
-def reductions(program: Program, clocks: Clocks, one_queue: bool = False) -> tuple[tuple[Reduction, ...], ...]:
+def reductions(program: Program, clocks: Clocks, hosts_wait: bool = False) -> tuple[tuple[Reduction, ...], ...]:
     """For every rank what it sums, in order, each with the number of instructions that it must have issued before: those up to its
     last weight gradient or more, never a part of a pair.
 
     clocks: of the program, found by its verification.
-    Replicas have one order: that in which weight gradients end on the lower one of their ranks. one_queue: what is issued behind a
+    Replicas have one order: that in which weight gradients end on the lower one of their ranks. hosts_wait: what is issued behind a
     sum waits for it, so it comes after the last message of the rank.
     """
     if program.schedule.forward_only:
@@ -30,7 +30,7 @@ def reductions(program: Program, clocks: Clocks, one_queue: bool = False) -> tup
     ready = [{held: _after_pair(row, count) for held, count in own.items()} for row, own in zip(rows, last)]
     if not _mirrored(program.schedule.placement):
         return tuple(tuple(sorted(own.items(), key=lambda start: start[1])) for own in ready)
-    if one_queue:
+    if hosts_wait:
         for own, row in zip(ready, rows):
             end = 1 + max(k for k, i in enumerate(row) if isinstance(i, (Post, Send)))
             own |= {held: max(count, end) for held, count in own.items()}

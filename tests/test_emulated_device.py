@@ -2,6 +2,7 @@
 those of the same program on the host."""
 
 import itertools
+import os
 
 import pytest
 from processes import free_port, run_ranks
@@ -10,7 +11,8 @@ from tiny_model import tiny_config
 import pipehc.trainer  # noqa: F401 (imported once, for all children)
 
 LEAST = (
-    "model.blocks=2", "model.experts=2", "model.experts_active=1", "model.hidden_size=8", "model.heads=1", "model.head_dim=4", "model.rope_dim=2", "model.kv_rank=4",
+    "model.blocks=2", "model.experts=2", "model.experts_active=1",
+    "model.hidden_size=8", "model.heads=1", "model.head_dim=4", "model.rope_dim=2", "model.kv_rank=4",
     "model.expert_ffn_size=8", "model.dense_ffn_size=8", "residual.sinkhorn_iterations=2", "train.sequence_length=5",
     "train.micro_batch=1", "train.global_batch=4", "runtime.bucket_size=300",
 )  # fmt: skip
@@ -28,7 +30,7 @@ def run(rank, overrides, tempers, port, world_size):
     assert len(expected[0]) > 20
     for seed, temper in tempers:
         device = launches(seed, **temper)
-        trainer.compile(one_queue=temper.get("hardware_queues") is not None)
+        trainer.compile(hosts_wait=bool(temper["hardware_queues"] or temper["idle"]))
         found.append(differing(trainer.gradients(device), expected))
         waits.append(device.device.waits)
     return found, waits
@@ -45,8 +47,9 @@ def check(layout, tempers):
 
 def seeds(count):
     """Of many kinds: one in two stops for an idle device now and then, some have few hardware queues."""
-    kinds = itertools.product(AHEAD, (0.0, 0.003), (None, None, 1, 3))
-    return [(k, {"ahead": a, "idle": i, "hardware_queues": q}) for k, (a, i, q) in zip(range(count), itertools.cycle(kinds))]
+    kinds = itertools.cycle(itertools.product((0.003, 0.0), (None, 1, None, 3)))
+    tempers = ({"idle": idle, "hardware_queues": queues} for idle, queues in kinds)
+    return [(k, temper | {"ahead": AHEAD[k * 5 // 8 % 4]}) for k, temper in zip(range(count), tempers)]
 
 
 DUALPIPE = ("schedule.name=dualpipe", "parallel.pp=2", "recompute.enabled=true")
@@ -68,10 +71,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", ["dualpipe", "experts over two ranks"])
 def test_gradients_on_a_device(layout):
-    check(LAYOUTS[layout], seeds(4))
+    check(LAYOUTS[layout], seeds(3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_for_many_seeds(layout):
-    check(LAYOUTS[layout], seeds(46))
+    """The more seeds the better: EMULATED_SEEDS=46 pytest tests/test_emulated_device.py, for all layouts, are 506."""
+    check(LAYOUTS[layout], seeds(int(os.environ.get("EMULATED_SEEDS", "8"))))

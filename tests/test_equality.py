@@ -107,7 +107,7 @@ def reference(tiny):
     return of
 
 
-@pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
+@pytest.mark.parametrize("name", [pytest.param("1f1b", marks=pytest.mark.slow), "dualpipe"])
 @pytest.mark.parametrize("kind", ["hc", "isohc", "hybrid", "harmonized", "harmonized residual.static=true"])
 def test_the_whole_family_equals_one_process(tiny, reference, kind, name):
     """Harmonized aims at a gain of 1, so that the evaluation after the step shows an s that the feedback has moved."""
@@ -134,7 +134,7 @@ def gradients_of_lambda(rank, path, overrides):
     return {name: float(gradient) for name, gradient in gradients.items() if name.endswith("blend_logit")}
 
 
-@pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
+@pytest.mark.parametrize("name", [pytest.param("1f1b", marks=pytest.mark.slow), "dualpipe"])
 def test_the_gradient_of_lambda_equals_that_of_one_process(tiny, name):
     """Where all streams are equal, as they enter the model, it is 0, and where they nearly are it is what is left when large terms
     cancel: there the comparison of all gradients allows more."""
@@ -160,7 +160,7 @@ def check_layout(tiny, expected, processes, *overrides):
     compare(run_ranks(one_step, processes, tiny, overrides, timeout=240), expected, overrides)
 
 
-@pytest.mark.parametrize("kind", ["none", "mhc"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "mhc"])
 @pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("pp", [2, 4])
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
@@ -185,9 +185,9 @@ def test_every_other_schedule_equals_one_process(tiny, reference, name):
 @pytest.mark.parametrize(
     ("name", "kind", "block"),
     [
-        ("1f1b", "mhc", "null"),
+        pytest.param("1f1b", "mhc", "null", marks=pytest.mark.slow),
         pytest.param("dualpipe", "none", 3, marks=pytest.mark.slow),
-        ("dualpipe", "mhc", "null"),
+        pytest.param("dualpipe", "mhc", "null", marks=pytest.mark.slow),
         ("dualpipev", "mhc", 3),
         pytest.param("interleaved", "mhc", 1, marks=pytest.mark.slow),
         pytest.param("zbv", "mhc", "null", marks=pytest.mark.slow),
@@ -216,7 +216,7 @@ def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, bl
 @pytest.mark.parametrize(
     "layout",
     [
-        "schedule.name=dualpipe residual.kind=harmonized",
+        pytest.param("schedule.name=dualpipe residual.kind=harmonized", marks=pytest.mark.slow),
         *(
             pytest.param(f"schedule.name={layout}", marks=pytest.mark.slow)
             for layout in (
@@ -251,5 +251,6 @@ def test_equals_one_process_with_data_parallelism(tiny, reference, name):
     check_layout(tiny, reference("mhc"), 8, f"schedule.name={name}", "parallel.pp=2", "parallel.ep=2", "parallel.dp=4")
 
 
+@pytest.mark.slow
 def test_dualpipe_over_eight_ranks(tiny, reference):
     check_layout(tiny, reference("mhc", 20), 8, "schedule.name=dualpipe", "parallel.pp=8", "train.global_batch=20")

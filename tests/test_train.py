@@ -109,7 +109,8 @@ def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
         assert losses(folder) == pytest.approx({step: losses(tmp_path / "whole")[step] for step in (5, 6)}, rel=1e-5)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_job_and_it_resumes(write, tmp_path, victim):
     config = write(train={**TINY["train"], "steps": 60}, checkpoint={"interval": 5, "keep": 2})
     folder = tmp_path / "run"
@@ -211,6 +212,7 @@ def test_torchrun_restarts_a_run_where_it_stood(write, tmp_path):
     assert list(losses(folder)) == list(range(3, 61)) and not (folder / "checkpoints-1").exists()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_token_for_the_text_is_named_by_every_rank(write, tmp_path):
     tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"document": 0}, "unk_token": "[UNK]"},
                  "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []}  # fmt: skip
@@ -221,6 +223,7 @@ def test_a_tokenizer_without_a_token_for_the_text_is_named_by_every_rank(write, 
     assert "(in 0.txt)" in ours and "Traceback" not in ours and "exitcode  : 2" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_job_with_one_message(write, tmp_path):
     """A limit on the size of files stands for it: metrics fit, a checkpoint does not."""
     limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command(write())]
@@ -257,11 +260,16 @@ def test_ranks_end_when_torchrun_is_killed(write, tmp_path):
     ("overrides", "said"),
     [
         (["parallel.pp=3", "model.blocks=6"], "parallel.pp: 3"),
-        (["train.global_batch=2"], "train.global_batch: 2"),
-        (["parallel.pp=4", "train.global_batch=8"], "number of processes"),
-        (["data.paths=[/nowhere]"], "data.paths: '/nowhere'"),
-        (["train.stepz=3"], "train.stepz"),
-        (["train.sequence_length=100000"], "sequence_length"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["train.global_batch=2"], "train.global_batch: 2"),
+                (["parallel.pp=4", "train.global_batch=8"], "number of processes"),
+                (["data.paths=[/nowhere]"], "data.paths: '/nowhere'"),
+                (["train.stepz=3"], "train.stepz"),
+                (["train.sequence_length=100000"], "sequence_length"),
+            )
+        ),
     ],
 )
 def test_broken_configurations_on_several_processes(write, overrides, said):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pipehc.comm.environment import GPU_DEFAULTS, few_queues, overlap_warnings, set_gpu_defaults
+from pipehc.comm.environment import GPU_DEFAULTS, overlap_warnings, set_gpu_defaults
 
 
 @pytest.mark.parametrize(
@@ -32,15 +32,6 @@ def test_warns_of_what_defeats_overlap(environment, on_gpu, expected):
     found = overlap_warnings(environment, ranks_here=4, cores=2, on_gpu=on_gpu)
     assert [text.startswith(start) for text, start in zip(found, expected)] == [True] * len(found)
     assert len(found) == len(expected)
-
-
-@pytest.mark.parametrize(
-    ("connections", "few"), [("1", True), ("8", True), ("", True), (None, True), ("16", False), ("32", False), ("many", True)]
-)
-def test_streams_share_hardware_queues_where_there_are_fewer(connections, few):
-    """CUDA has 8 unless told otherwise. A CPU has none."""
-    environment = {} if connections is None else {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
-    assert few_queues(environment, on_gpu=True) == few and not few_queues(environment, on_gpu=False)
 
 
 def test_what_a_user_has_set_stays():

@@ -175,8 +175,8 @@ CONFIG = {
 }  # fmt: skip
 
 
-# Each starts three processes that import Megatron; the first is the one that needs most of the machinery.
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=[pytest.mark.slow] if f != "stopped" else []) for f in FAULTS])
+@pytest.mark.slow  # each starts three processes that import Megatron
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_rank_ends_the_job_with_a_report_of_every_rank(tmp_path, fault):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     config = CONFIG | {"data": {"paths": [str(tmp_path / "text.txt")]}, "run": {"folder": "x"}}

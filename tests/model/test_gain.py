@@ -57,6 +57,7 @@ def test_isometries_keep_mean_and_energy():
     assert float((product @ ones - ones).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_feedback_holds_the_applied_gain_at_its_target():
     made, feedback = connections("harmonized"), GainFeedback(target=5.0, power=1.0, smallest=0.05)
     wild = composite_gain(products(made)[1])

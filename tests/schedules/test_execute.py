@@ -41,7 +41,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_equals_one_process(ranks):
     """P = 2 matters: next and previous are the same rank."""
     cases = [case for case in CASES if case[3] or case[0] == "1f1b" or case[1] >= 2 * ranks]

@@ -9,7 +9,7 @@ import pytest
 from random_schedules import random_auto, random_family, random_schedule
 
 from pipehc.schedules import FAMILIES, Action, Program, ProgramError, build, compile
-from pipehc.schedules.issued import check_issued, check_one_queue
+from pipehc.schedules.issued import check_hosts_wait, check_issued
 from pipehc.schedules.program import Message, Post, Run, Send, Wait, inputs_first
 
 EAGER = sorted((Path(__file__).parent / "data").glob("eager_*.json"))
@@ -95,7 +95,7 @@ def test_what_was_posted_too_early_is_rejected():
         with pytest.raises(ProgramError, match=r"receives the .* before it .*, without which that cannot end"):
             check_issued(program)
         with pytest.raises(ProgramError, match="one hardware queue"):
-            check_one_queue(program)
+            check_hosts_wait(program)
         assert not holds(program)
 
 
@@ -108,7 +108,7 @@ SMALL += [("zbv", 2, 4), ("zbv", 3, 6), ("dualpipe", 2, 4), ("dualpipe", 4, 8), 
 def test_programs_hold_on_an_executor_of_streams(name, ranks, microbatches, forward):
     schedule = build(name, ranks, microbatches, forward=forward)
     assert holds(compile(schedule, recompute=not forward, high=True))
-    safe = compile(schedule, recompute=not forward, high=True, one_queue=True)
+    safe = compile(schedule, recompute=not forward, high=True, hosts_wait=True)
     assert holds(safe, lambda rank, stream: 0)
     rng = random.Random(f"{name}{ranks}")
     for count in (2, 3):
@@ -138,14 +138,15 @@ def rejects(check, program):
     return False
 
 
+@pytest.mark.slow
 def test_verdicts_are_those_of_the_executor():
-    rng, verdicts = random.Random(0), {check_issued: [], check_one_queue: []}
+    rng, verdicts = random.Random(0), {check_issued: [], check_hosts_wait: []}
     for _ in range(60):
         name, ranks, microbatches = rng.choice(SMALL)
-        program = moved(compile(build(name, ranks, microbatches), one_queue=rng.random() < 0.5), rng)
+        program = moved(compile(build(name, ranks, microbatches), hosts_wait=rng.random() < 0.5), rng)
         if program is None:
             continue
-        for check, mapping in ((check_issued, None), (check_one_queue, lambda rank, stream: 0)):
+        for check, mapping in ((check_issued, None), (check_hosts_wait, lambda rank, stream: 0)):
             verdict = rejects(check, program)
             assert verdict != holds(program, mapping), (name, ranks, microbatches)
             verdicts[check].append(verdict)
@@ -164,9 +165,9 @@ def test_every_family_is_safe_with_any_number_of_queues(ranks):
             except ValueError:
                 assert name in ("dualpipe", "interleaved")  # odd numbers
                 continue
-            for one_queue in (False, True):
-                check_issued(compile(schedule, recompute=True, high=True, one_queue=one_queue))
-                compile(build(name, ranks, microbatches, forward=True), one_queue=one_queue)
+            for hosts_wait in (False, True):
+                check_issued(compile(schedule, recompute=True, high=True, hosts_wait=hosts_wait))
+                compile(build(name, ranks, microbatches, forward=True), hosts_wait=hosts_wait)
 
 
 @pytest.mark.slow
@@ -177,4 +178,4 @@ def test_a_thousand_random_schedules_are_safe():
         schedule = make(rng, rng.choice((2, 4, 6) if make is random_family else (2, 3, 4, 6)))
         options = {"ahead": rng.randint(1, 5), "split_backward": rng.random() < 0.7, "high": rng.random() < 0.5}
         check_issued(compile(schedule, **options))
-        check_one_queue(compile(schedule, one_queue=True, **options))
+        check_hosts_wait(compile(schedule, hosts_wait=True, **options))

@@ -18,6 +18,8 @@ spec.loader.exec_module(bench_schedules)
 from schedule_bench import links, sleeping  # noqa: E402
 from schedule_bench.sleeping import Chain, SleepingModule, SleepingStage, Work, loss  # noqa: E402
 
+pytestmark = pytest.mark.timed
+
 WORK = Work(f=0.02, b=0.03, w=0.01, bytes=64)
 
 

@@ -15,6 +15,8 @@ spec.loader.exec_module(check_simulator)
 from schedule_bench import published_pair  # noqa: E402
 from schedule_bench.sleeping_nodes import Work  # noqa: E402
 
+pytestmark = pytest.mark.timed
+
 
 @pytest.mark.slow
 def test_the_simulator_predicts_steps_that_ran():

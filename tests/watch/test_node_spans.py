@@ -23,6 +23,8 @@ from pipehc.schedules.execute import execute
 from pipehc.schedules.recording import Recording, measured_costs
 from pipehc.watch.trace import Markers, Recorder, node_watch, save_step
 
+pytestmark = pytest.mark.timed
+
 RANKS, MICROBATCHES = 4, 10
 ATTENTION, MLP, MOVE = 0.008, 0.010, 0.002  # a forward, and each half of a backward; an all-to-all
 

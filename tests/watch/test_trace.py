@@ -21,6 +21,8 @@ from pipehc.schedules.placement import linear
 from pipehc.schedules.recording import Recording, link_spans, measured_costs, merge
 from pipehc.watch.trace import Markers, Recorder, save_step
 
+pytestmark = pytest.mark.timed
+
 F, I, W = 0.03, 0.05, 0.02
 
 

@@ -329,13 +329,17 @@ class DryForwardBackward(ForwardBackward):
             if not isinstance(self.source, Searched | Given):  # those are for their number of micro-batches
                 microbatches = fewest_microbatches(lambda n: self.source.build(ranks, n, False), self.whole)
         self.microbatches = microbatches
-        self.program = compile(schedule, recompute=self._recompute, high=True)
+        self.program = compile(schedule, recompute=self._recompute, high=True, hosts_wait=True)
         self.stages = tuple(sorted(stage for _, stage in schedule.placement.held(self.rank)))
         self._dry.begin(chunks)
         reports = super().__call__(**arguments | {"num_microbatches": microbatches})
         self._dry.end_pipeline()
         self.job = self._job(chunks, schedule, arguments)
         return reports
+
+    def hosts_wait(self) -> bool:
+        """The program of a GPU."""
+        return True
 
     def own_observers(self) -> list[Any]:
         return [Observer(self._dry.tracker)]

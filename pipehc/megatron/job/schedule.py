@@ -20,7 +20,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from pipehc.comm.environment import few_queues, overlap_warnings
+from pipehc.comm.environment import overlap_warnings
 from pipehc.comm.groups import Edge, edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest
 from pipehc.comm.messages import Mailbox
@@ -296,11 +296,15 @@ class ForwardBackward:
         key = microbatches, forward_only
         if key not in self._programs:
             schedule = self.source.build(ranks, microbatches, forward_only)
-            few = few_queues(os.environ, self._device.type == "cuda")
-            program = compile(schedule, recompute=self._recompute and not forward_only, high=True, one_queue=few)
+            recompute = self._recompute and not forward_only
+            program = compile(schedule, recompute=recompute, high=True, hosts_wait=self.hosts_wait())
             self._connect(schedule.placement, {"schedule": digest(program.instructions)})
             self._programs[key] = program
         return self._programs[key]
+
+    def hosts_wait(self) -> bool:
+        """Whether a host may have to wait for an idle device in the middle of a step, as many calls of CUDA do."""
+        return self._device.type == "cuda"
 
     def _mailbox(self, config: Any, seq_length: int, micro_batch_size: int, streams: int, groups: Any) -> Mailbox:
         """The messages of one shape: [s, b, n*C], s the share of a rank under context and sequence parallelism."""

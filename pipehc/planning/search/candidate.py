@@ -134,7 +134,7 @@ def program_of(config: Config) -> Program:
     """As the trainer would compile it."""
     microbatches, recompute = config.microbatches(config.parallel.dp or 1), config.recompute.enabled
     if config.schedule.name == "auto":  # `auto` keeps what it found
-        return compile(build_schedule(config, config.parallel.pp, microbatches), recompute=recompute, high=True)
+        return compile(build_schedule(config, config.parallel.pp, microbatches), recompute=recompute, high=True, hosts_wait=True)
     return _program(config.schedule.name, config.parallel.pp, microbatches, config.schedule.chunks, recompute)
 
 
@@ -153,7 +153,7 @@ def _outlines(name: str, ranks: int, microbatches: int, chunks: int | None, reco
 
 @lru_cache(maxsize=512)
 def _program(name: str, ranks: int, microbatches: int, chunks: int | None, recompute: bool) -> Program:
-    return compile(build(name, ranks, microbatches, chunks=chunks), recompute=recompute, high=True)
+    return compile(build(name, ranks, microbatches, chunks=chunks), recompute=recompute, high=True, hosts_wait=True)
 
 
 def _rank_ms(config: Config, composed: Composed, exchange: bool = False) -> list[float]:

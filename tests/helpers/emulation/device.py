@@ -52,12 +52,12 @@ class Temper:
     launches: int = 1024
     ahead: float = 0.3
     idle: float = 0.0
-    patience_s: float = 30.0
+    patience_s: float = 150.0
 
 
 class Device:
-    """waits: what the host waited for, by reason. Work that is at the front of a hardware queue holds it until it ends, which is the
-    worst that streams may do to each other."""
+    """waits: what the host waited for, by reason. Work at the front of a hardware queue holds it until it ends, which is the worst
+    that streams may do to each other."""
 
     def __init__(self, seed: int, temper: Temper) -> None:
         self._random, self._temper = random.Random(seed), temper

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from emulation.device import Event, Stream
-from emulation.launch import Launches
 from torch._C import _distributed_c10d as c10d
 from torch.utils._pytree import tree_map_only
+
+from emulation.device import Event, Stream
+from emulation.launch import Launches
 
 current: Launches | None = None
 """The device of this process; None: groups carry things at once, as gloo does."""

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from emulation.device import Device, Event, Stream
 from emulation.memory import Memory
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -106,7 +107,8 @@ class Launches(TorchDispatchMode):
         if self._backward is not None:
             self._backward.order(self.device, memory, stream, tensors)
         later = tree_unflatten([memory.alias(t) if isinstance(t, torch.Tensor) else t for t in leaves], tree)
-        results = [memory.alias(t) if given is None and isinstance(t, torch.Tensor) else None for t, given in zip(outputs, returned)]
+        fresh = [given is None and isinstance(t, torch.Tensor) for t, given in zip(outputs, returned)]
+        results = [memory.alias(t) if new else None for t, new in zip(outputs, fresh)]
 
         def work() -> bool:
             found = tree_flatten(func(*later[0], **later[1]))[0]
@@ -200,7 +202,8 @@ class _Backward:
 
 
 class _Kind(NamedTuple):
-    """Of an operation. at_once: it launches nothing. writes: some of its arguments. reads: the host may need to know their contents."""
+    """Of an operation. at_once: it launches nothing. writes: some of its arguments. reads: the host may
+    need to know their contents."""
 
     at_once: bool
     writes: bool

@@ -10,7 +10,9 @@ import weakref
 
 import numpy
 import torch
+
 from emulation.device import Device, Event, Stream
+
 
 class Block:
     """Memory of one tensor. raw: all of it, uint8. made: the stream that it was asked for on. holders: others that use it."""

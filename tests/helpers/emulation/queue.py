@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+
 from emulation.device import Device, Event, Stream
 from emulation.launch import Launches
-
 
 Skip = Callable[[str, str], bool]
 
@@ -18,7 +18,7 @@ def never(kind: str, queue: str) -> bool:
 
 
 class EmulatedQueue:
-    """As `comm.queues.CudaQueue`. skip: asked at every wait, hold and event: kind and queue; what it returns true for is left out."""
+    """As `comm.queues.CudaQueue`. skip: asked at every wait, hold and event, with its kind and queue, whether to leave it out."""
 
     def __init__(self, launches: Launches, stream: Stream, skip: Skip = never) -> None:
         self._launches, self._stream, self._skip = launches, stream, skip

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tiny_model import micro_batch
+
 from emulation import groups
 from emulation.device import Device, Temper
 from emulation.launch import Launches
 from emulation.queue import Skip, make_queues, never
-from tiny_model import micro_batch
-
 from pipehc.comm.queues import make_queues as host_queues
 from pipehc.schedules import compile
 from pipehc.trainer import Trainer
@@ -24,10 +24,10 @@ class EmulatedTrainer(Trainer):
     def microbatch(self, split: Any, sampler: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         return micro_batch(self.config, first)
 
-    def compile(self, one_queue: bool) -> None:
+    def compile(self, hosts_wait: bool) -> None:
         """The program for streams that share hardware queues, or for those that do not."""
         schedule = self.train_program.schedule
-        self.train_program = compile(schedule, recompute=self.config.recompute.enabled, high=True, one_queue=one_queue)
+        self.train_program = compile(schedule, recompute=self.config.recompute.enabled, high=True, hosts_wait=hosts_wait)
 
     def gradients(self, launches: Launches | None, skip: Skip = never) -> list[dict[str, Any]]:
         """Loss and summed gradients of two steps from the present weights, on a device, or on the host (None)."""
