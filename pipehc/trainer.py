@@ -17,7 +17,7 @@ from pipehc.comm.environment import few_queues
 from pipehc.comm.groups import edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem
 from pipehc.comm.messages import Mailbox
-from pipehc.comm.queues import join, make_queues
+from pipehc.comm.queues import make_queues
 from pipehc.config.schema import Config
 from pipehc.config.stages import build_schedule
 from pipehc.data.batches import Sampler, Split, batch
@@ -251,11 +251,9 @@ class Trainer:
         save_step(recorder, self.train_program, step, folder, (pipeline, rank), recompute=self.config.recompute.enabled)
 
     def _expect_last(self, held: tuple[int, int]) -> None:
-        join(self.queues)  # gradients of hyper-connections come from other queues
         self.optimizer.expect_last(self.models[held])
 
     def _start_reduction(self, held: tuple[int, int]) -> None:
-        join(self.queues)  # gradients of hyper-connections come from other queues
         self.optimizer.start_reduction(self.models[held])
 
 

@@ -218,7 +218,7 @@ class ChunkStage(ChainStage):
                 self._queues["compute"].wait(self._queues["high"].event())
                 self._queues["compute"].hold(grad)
             run_backward(tail, grad)
-            live.store.flush()  # the output layer's: to defer it would keep the gradient of the logits
+            live.store.compute()  # the output layer's: to defer it would keep the gradient of the logits
             assert live.leaf is not None
             # A loss may not depend on the model: an empty batch.
             grad = torch.zeros_like(live.leaf) if live.leaf.grad is None else live.leaf.grad

@@ -211,7 +211,7 @@ class ForwardBackward:
                     stack.enter_context(self._reduction.step(reduced_early))
                     if reduced_early:
                         by_place = dict(zip(held, chunks))
-                        early = early_reduction(program, pipeline.rank(), by_place, config, self._reduction, self._queues)
+                        early = early_reduction(program, pipeline.rank(), by_place, config, self._reduction)
                         observers.append(early)
                 instructions = program.instructions[pipeline.rank()]
                 mailbox.begin(forward_only)
