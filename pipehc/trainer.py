@@ -225,13 +225,14 @@ class Trainer:
     def mean_loss(self, losses: list[torch.Tensor], tokens_in_all: int, step: int) -> float:
         """The mean per token of the whole world. losses: this rank's, sums over their tokens. Collective. Raises TrainingError."""
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
-        finite = bool(torch.isfinite(total))
-        everywhere = torch.stack([total if finite else torch.zeros_like(total), total.new_tensor(float(not finite))])
+        finite = torch.isfinite(total)
+        everywhere = torch.stack([torch.where(finite, total, 0.0), (~finite).double()])
         dist.all_reduce(everywhere)
-        if everywhere[1] > 0:
+        loss, broken = everywhere.tolist()  # the host waits for the device once
+        if broken:
             own = None if finite else f"the loss of step {step} is {float(total)}; no weight was changed"
             raise TrainingError(first_problem(own))
-        return float(everywhere[0]) / tokens_in_all
+        return loss / tokens_in_all
 
     @contextmanager
     def recorded(self, step: int, folder: Path) -> Iterator[None]:
