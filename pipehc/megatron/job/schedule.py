@@ -222,6 +222,7 @@ class ForwardBackward:
                 self._finalize(chunks, config, list(stages.values()), placement, groups, force_all_reduce)
             reports = {m: data for stage in stages.values() for m, report in stage.reported.items() for data in report}
             if _scattered_losses(placement):
+            self._reduction.checks.finish()
                 reports = _gathered(reports, pipeline, self._device)
         if config.timers is not None:
             config.timers("forward-backward").stop()

@@ -45,3 +45,33 @@ def test_every_part_of_a_backward_runs_on_the_calling_thread(residual):
         return all(found == {(threading.get_ident(), False)} for found in seen.values())
 
     assert run_ranks(step, 1) == [True]
+
+
+def test_gradients_are_checked_once_a_step_after_all_sums_have_begun():
+    def step(rank):
+        from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+        job = Job(
+            "1f1b", layers=2, residual="mhc", overlap_grad_reduce=True, distributed_optimizer=True, bucket_size=20000
+        )
+        events = []
+        for name in ("start_grad_sync", "check_grads"):
+            original = getattr(Group, name)
+
+            def logged(self, *args, original=original, name=name, **given):
+                events.append(name)
+                return original(self, *args, **given)
+
+            setattr(Group, name, logged)
+        [chunk] = job.chunks
+        chunk.ddp_config.check_for_nan_in_grad = True
+        job.step(0, 2)
+        checks = events.count("check_grads")
+        assert checks > 2 and set(events[-checks:]) == {"check_grads"}
+        with torch.no_grad():
+            next(chunk.module.decoder.layers[1].mlp.parameters())[0] = float("nan")
+        with pytest.raises(RuntimeError, match="found NaN in local grad norm for bucket #0"):
+            job.accumulate(1, 2)
+        return True
+
+    assert run_ranks(step, 1) == [True]
