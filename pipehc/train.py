@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from pipehc.checkpoint.store import Checkpoints
-from pipehc.comm.environment import overlap_warnings, quiet_libraries, set_gpu_defaults
+from pipehc.comm.budgets import set_gpu_defaults
+from pipehc.comm.environment import overlap_warnings, quiet_libraries
 from pipehc.comm.groups import NCCL_LIMIT_S
 from pipehc.comm.messages import PeerError, first_line
 from pipehc.comm.once import say_once

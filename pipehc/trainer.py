@@ -75,7 +75,9 @@ class Trainer:
             compare_neighbours(facts, neighbours_of(dist.get_rank(), pipelines, edges))
         except ValueError as error:
             raise TrainingError(str(error)) from error
-        self.groups = build_groups(parallel.pp, parallel.tp, parallel.ep, replicated=placement.lanes == 2)
+        self.groups = build_groups(
+            parallel.pp, parallel.tp, parallel.ep, placement.lanes == 2, all_to_all_blocks=config.runtime.all_to_all_blocks
+        )
 
         blocks, last = config.stage_blocks(), placement.stages - 1
         self.models = {
@@ -98,7 +100,7 @@ class Trainer:
             self._gain = CompositeGain(connections, 2 * config.model.blocks, residual.streams)
         self.feedback = GainFeedback(residual.target_gain, residual.gain_power, residual.smallest_s)
         timeout_s = config.runtime.timeout_s
-        messages = edge_groups(pipelines, edges, timeout_s, self.device)
+        messages = edge_groups(pipelines, edges, timeout_s, self.device, config.runtime.message_blocks)
         connect(messages, self.device)
         self.samples_seen = 0  # of the training split; where the next step goes on, whatever the batch size was before
         self._saved: dict[int, SavedBytes] | None = None  # by stage, as counted in the first step

@@ -11,7 +11,7 @@ from processes import run_ranks
 from toy_stages import ROWS, WIDTH, ToyStage, reference
 
 from pipehc.comm.device_waits import DeviceWaits
-from pipehc.comm.groups import CTAS, NCCL_LIMIT_S, edge_groups
+from pipehc.comm.groups import NCCL_LIMIT_S, edge_groups
 from pipehc.comm.messages import Mailbox
 from pipehc.schedules import build, compile
 from pipehc.schedules.execute import execute
@@ -192,10 +192,14 @@ def test_groups_of_cuda_have_few_blocks_a_high_priority_and_a_way_through_host_m
     monkeypatch.setattr(dist, "new_group", lambda ranks, **options: made.append((ranks, options)))
     edge_groups([[0, 1]], [(0, 1), (1, 0)], 7.0, "cuda")
     edge_groups([[0, 1]], [(0, 1)], 7.0)
-    (ranks, first), (_, second), (_, on_cpu) = made
+    edge_groups([[0, 1]], [(0, 1)], 7.0, "cuda", message_blocks=3)
+    monkeypatch.setenv("PIPEHC_MESSAGE_BLOCKS", "2")
+    edge_groups([[0, 1]], [(0, 1)], 7.0, "cuda")
+    (ranks, first), (_, second), (_, on_cpu), *others = made
     assert ranks == [0, 1] and first["backend"] == "cpu:gloo,cuda:nccl" and on_cpu["backend"] is None is on_cpu["pg_options"]
     options = first["pg_options"]
     assert options is not second["pg_options"]  # torch writes the group's name into them
-    assert options.is_high_priority_stream and options.config.max_ctas == CTAS
+    assert options.is_high_priority_stream and options.config.max_ctas == 4
+    assert [other["pg_options"].config.max_ctas for _, other in others] == [3, 2]
     # NCCL counts from the call, and the host is ahead of the device.
     assert options._timeout == first["timeout"] == timedelta(seconds=NCCL_LIMIT_S) and on_cpu["timeout"] == timedelta(seconds=7)
