@@ -112,7 +112,7 @@ def train(config: Config, progress: Progress) -> None:
     """The training loop of one process."""
     # Megatron takes seconds to import: a wrong configuration should not have to wait for it.
     from pipehc.trainer import Trainer, TrainingError
-    from pipehc.watch.trace import Markers
+    from pipehc.watch.markers import Markers
 
     launcher = _launcher()
     ranks, train = Ranks(), config.train
@@ -130,7 +130,7 @@ def train(config: Config, progress: Progress) -> None:
     progress.doing = "while building the model"
     trainer = Trainer(config)
     watchdog.watch(trainer.mailbox)
-    trainer.observers += [watchdog, Markers()] if config.trace.nvtx else [watchdog]
+    trainer.observers += [watchdog, Markers(list(trainer.models))] if config.trace.nvtx else [watchdog]
     progress.doing = "while loading a checkpoint"
     start = load(begin, checkpoints, trainer)
     make_room(begin, config, checkpoints, ranks)
