@@ -4,11 +4,12 @@ import pytest
 import torch
 from toy_chain import Toy, streams
 
-from pipehc.comm.queues import HostQueue, IssueQueue, make_queues
+from pipehc.comm.queues import IssueQueue, make_queues
 from pipehc.kernels.manifolds import KINDS
 from pipehc.model.hyper_connection import HyperConnection
 from pipehc.model.stage import ModelStage
 from pipehc.model.wgrad import Accumulate, StandIns, WeightGradStore
+from pipehc.recompute import Chain, Pass, Piece
 
 
 class Account:
@@ -104,24 +105,30 @@ def test_no_parameter_is_in_the_graph_of_a_piece(kind):
 def test_they_land_in_w_and_not_before():
     account = Account()
     toy = deferred(Toy(1), account)
-    stage = ModelStage(toy.chain(), make_queues(torch.device("cpu")), lambda m: None, 1.0)
-    stage.forward(0, streams(0))
-    stage.backward_input(0, streams(1))
-    assert len(account.owed) == len(connections(toy)) and account.added == []
-    assert all(p.grad is None for p in connections(toy).values())
-    stage.backward_weight(0)
-    assert len(account.added) == len(connections(toy))
-
-
-def test_w_comes_after_every_queue_that_the_backward_used():
-    """Also where nothing else makes it wait: here two queues do their work when it is waited for, and not before."""
-    account = Account()
-    toy = deferred(Toy(1), account)
-    queues = make_queues(torch.device("cpu")) | {"communication": HostQueue(late=True)}
+    queues = make_queues(torch.device("cpu"))
+    held = []
     stage = ModelStage(toy.chain(), queues, lambda m: None, 1.0)
     stage.forward(0, streams(0))
     stage.backward_input(0, streams(1))
-    assert not queues["high"]._pending and not queues["communication"]._pending
+    queues["compute"].hold = held.append
+    assert len(account.owed) == len(connections(toy)) and account.added == []
+    assert all(p.grad is None for p in connections(toy).values())
+    stage.backward_weight(0)
+    assert len(account.added) == len(connections(toy)) == len(held)  # of another queue's memory
+
+
+def test_w_comes_after_every_queue_that_the_backward_used():
+    """Also where nothing else makes it wait: nobody asks for the gradient of what enters this chain."""
+    weight, store, queues = torch.nn.Parameter(torch.ones(2)), WeightGradStore(), make_queues(torch.device("cpu"))
+    stand_ins = StandIns(Account())
+    piece = Piece("scale", lambda x: (x * stand_ins(weight),), ("x0",), ("x1",), "0.mlp_post", queue="high")
+    given = {"x0": torch.full((2,), 3.0)}
+    run = Pass(Chain([[piece]], "x1"), queues, given, scope=store.deferring, backward_scope=store.receiving)
+    run.forward_all()
+    run.seed("x1", torch.ones_like(run.result()))
+    run.backward_all()
+    store.flush()
+    assert weight.grad.tolist() == [3, 3]
 
 
 def test_gradients_are_held_for_the_queue_that_adds_them():
