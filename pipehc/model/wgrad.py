@@ -179,6 +179,10 @@ class StandIns:
             leaf.register_post_accumulate_grad_hook(partial(_hand_over, self._accumulate(parameter)))
         return leaf
 
+    def __deepcopy__(self, memo: object) -> "StandIns":
+        """A copied module finds leaves for its own parameters here; what `accumulate` knows is not to be copied."""
+        return self
+
 
 def _hand_over(accumulate: Accumulate, leaf: torch.Tensor) -> None:
     gradient, leaf.grad = leaf.grad, None

@@ -50,8 +50,8 @@ class Markers:
 
     held: (lane, stage) of all that this rank holds. domain: None: that of NVTX with our name; ImportError without the package nvtx.
 
-    A range's category is the queue whose work it holds (compute, high, communication, and send or receive for messages), its colour
-    that of our drawings: hue by the kind of work, tint by the stage.
+    A range's category is the queue of its work as recordings have it (compute, high, communication; send or receive for messages),
+    its colour that of our drawings: hue by the kind of work, tint by the stage.
     """
 
     def __init__(self, held: Sequence[tuple[int, int]], domain: Domain | None = None) -> None:

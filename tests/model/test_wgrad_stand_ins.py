@@ -1,5 +1,8 @@
 """Gradients of hyper-connections: computed where their piece runs, added by W, and no queue waits for another to add them."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from toy_chain import Toy, streams
@@ -156,3 +159,14 @@ def test_stand_ins_follow_their_parameters():
     parameter.requires_grad_(True)
     stand_ins(parameter).sum().backward()  # without a store: at once
     assert parameter.grad.tolist() == [1, 1]
+
+
+def test_a_copied_module_has_stand_ins_of_its_own_parameters():
+    account = Account()
+    account.lock = threading.Lock()  # as DDP's groups, nothing that could be copied
+    original = HyperConnection(4, 2)
+    original.defer(StandIns(account))
+    copied = copy.deepcopy(original)
+    x = torch.randn(3, 1, 8)
+    copied.coefficients_pre(x)[0].sum().backward()
+    assert account.added and all(any(p is own for own in copied.parameters()) for p in account.added)
