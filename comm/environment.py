@@ -5,21 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
-GPU_DEFAULTS = {
-    # Streams beyond this many share hardware queues, and then wait for each other. A rank has a dozen or two; 32 is the most.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-    # A kernel that is loaded when first used may wait until the device is idle: never, while a receive is posted whose message
-    # depends on this very kernel.
-    "CUDA_MODULE_LOADING": "EAGER",
-}
-
-
-def set_gpu_defaults(environment: MutableMapping[str, str]) -> None:
-    """Sets what is not set. Call it before CUDA is initialised; `torch.cuda.is_available` does that."""
-    for key, value in GPU_DEFAULTS.items():
-        environment.setdefault(key, value)
+from pipehc.comm.budgets import ALLOCATOR, CONNECTIONS, MODULE_LOADING
 
 
 def overlap_warnings(environment: Mapping[str, str], ranks_here: int, cores: int, on_gpu: bool) -> list[str]:
@@ -35,18 +23,24 @@ def overlap_warnings(environment: Mapping[str, str], ranks_here: int, cores: int
         ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"): "memory that is freed waits for the device; unset it",
     }
     found = [f"{key}={value}: {why}" for (key, value), why in reasons.items() if environment.get(key, "").upper() == value]
-    connections = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    connections = CONNECTIONS.said(environment) or ""
     if connections.isdigit() and int(connections) < 8:
         share = "all streams share one hardware queue" if connections == "1" else "streams share few hardware queues"
         found.append(
-            f"CUDA_DEVICE_MAX_CONNECTIONS={connections}: {share}, so messages and high-priority kernels wait behind computation; "
-            "set 32"
+            f"{CONNECTIONS.variable}={connections}: {share}, so messages and high-priority kernels wait behind computation; "
+            f"set {CONNECTIONS.default}"
         )
-    loading = environment.get("CUDA_MODULE_LOADING", "")
-    if on_gpu and loading.upper() != "EAGER":
+    loading = MODULE_LOADING.said(environment) or ""
+    if on_gpu and loading.upper() != MODULE_LOADING.default:
         found.append(
-            f"CUDA_MODULE_LOADING={loading}: a kernel that is first needed in a later step is loaded then, which may wait for "
-            "messages that wait for it; set EAGER"
+            f"{MODULE_LOADING.variable}={loading}: a kernel that is first needed in a later step is loaded then, which may wait "
+            f"for messages that wait for it; set {MODULE_LOADING.default}"
+        )
+    allocator = ALLOCATOR.said(environment) or ""
+    if on_gpu and ALLOCATOR.default.lower() not in allocator.lower():
+        found.append(
+            f"{ALLOCATOR.variable}={allocator}: memory in segments of fixed size fragments, and to give some back may wait for "
+            f"messages that wait for it; add {ALLOCATOR.default}"
         )
     threads = environment.get("OMP_NUM_THREADS", "")
     if not on_gpu and threads.isdigit() and int(threads) * ranks_here > max(cores, ranks_here):

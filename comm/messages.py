@@ -156,7 +156,7 @@ class Mailbox:
             # CUDA: wait() with a limit would block the host; there the limits are the process group's own, and a watchdog's.
             if pending.tensor.is_cuda:
                 done = pending.work.wait()
-                self._on_device.add(doing, pending.work)
+                self._on_device.add(doing)
             else:
                 done = pending.work.wait(self._timeout)
         except RuntimeError as error:

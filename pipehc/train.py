@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from pipehc.checkpoint.store import Checkpoints
-from pipehc.comm.environment import overlap_warnings, quiet_libraries, set_gpu_defaults
+from pipehc.comm.budgets import set_gpu_defaults
+from pipehc.comm.environment import overlap_warnings, quiet_libraries
 from pipehc.comm.groups import NCCL_LIMIT_S
 from pipehc.comm.messages import PeerError, first_line
 from pipehc.comm.once import say_once
@@ -111,7 +112,7 @@ def train(config: Config, progress: Progress) -> None:
     """The training loop of one process."""
     # Megatron takes seconds to import: a wrong configuration should not have to wait for it.
     from pipehc.trainer import Trainer, TrainingError
-    from pipehc.watch.trace import Markers
+    from pipehc.watch.markers import Markers
 
     launcher = _launcher()
     ranks, train = Ranks(), config.train
@@ -129,7 +130,7 @@ def train(config: Config, progress: Progress) -> None:
     progress.doing = "while building the model"
     trainer = Trainer(config)
     watchdog.watch(trainer.mailbox)
-    trainer.observers += [watchdog, Markers()] if config.trace.nvtx else [watchdog]
+    trainer.observers += [watchdog, Markers(list(trainer.models))] if config.trace.nvtx else [watchdog]
     progress.doing = "while loading a checkpoint"
     start = load(begin, checkpoints, trainer)
     make_room(begin, config, checkpoints, ranks)

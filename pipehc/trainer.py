@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pipehc.comm.groups import edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest, first_problem
 from pipehc.comm.messages import Mailbox
-from pipehc.comm.queues import join, make_queues
+from pipehc.comm.queues import make_queues
 from pipehc.config.schema import Config
 from pipehc.config.stages import build_schedule
 from pipehc.data.batches import Sampler, Split, batch
@@ -72,7 +72,9 @@ class Trainer:
             compare_neighbours(facts, neighbours_of(dist.get_rank(), pipelines, edges))
         except ValueError as error:
             raise TrainingError(str(error)) from error
-        self.groups = build_groups(parallel.pp, parallel.tp, parallel.ep, replicated=placement.lanes == 2)
+        self.groups = build_groups(
+            parallel.pp, parallel.tp, parallel.ep, placement.lanes == 2, all_to_all_blocks=config.runtime.all_to_all_blocks
+        )
 
         blocks, last = config.stage_blocks(), placement.stages - 1
         self.models = {
@@ -95,7 +97,7 @@ class Trainer:
             self._gain = CompositeGain(connections, 2 * config.model.blocks, residual.streams)
         self.feedback = GainFeedback(residual.target_gain, residual.gain_power, residual.smallest_s)
         timeout_s = config.runtime.timeout_s
-        messages = edge_groups(pipelines, edges, timeout_s, self.device)
+        messages = edge_groups(pipelines, edges, timeout_s, self.device, config.runtime.message_blocks)
         connect(messages, self.device)
         self.samples_seen = 0  # of the training split; where the next step goes on, whatever the batch size was before
         self._saved: dict[int, SavedBytes] | None = None  # by stage, as counted in the first step
@@ -226,13 +228,14 @@ class Trainer:
     def mean_loss(self, losses: list[torch.Tensor], tokens_in_all: int, step: int) -> float:
         """The mean per token of the whole world. losses: this rank's, sums over their tokens. Collective. Raises TrainingError."""
         total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
-        finite = bool(torch.isfinite(total))
-        everywhere = torch.stack([total if finite else torch.zeros_like(total), total.new_tensor(float(not finite))])
+        finite = torch.isfinite(total)
+        everywhere = torch.stack([torch.where(finite, total, 0.0), (~finite).double()])
         dist.all_reduce(everywhere)
-        if everywhere[1] > 0:
+        loss, broken = everywhere.tolist()  # the host waits for the device once
+        if broken:
             own = None if finite else f"the loss of step {step} is {float(total)}; no weight was changed"
             raise TrainingError(first_problem(own))
-        return float(everywhere[0]) / tokens_in_all
+        return loss / tokens_in_all
 
     @contextmanager
     def recorded(self, step: int, folder: Path) -> Iterator[None]:
@@ -252,11 +255,9 @@ class Trainer:
         save_step(recorder, self.train_program, step, folder, (pipeline, rank), recompute=self.config.recompute.enabled)
 
     def _expect_last(self, held: tuple[int, int]) -> None:
-        join(self.queues)  # gradients of hyper-connections come from other queues
         self.optimizer.expect_last(self.models[held])
 
     def _start_reduction(self, held: tuple[int, int]) -> None:
-        join(self.queues)  # gradients of hyper-connections come from other queues
         self.optimizer.start_reduction(self.models[held])
 
 

@@ -29,7 +29,8 @@ class Pass:
 
     queues: one of each name that the chain's pieces use. given: the values that no piece makes, complete for what is issued to
     `compute` from now on. recompute: drop what can be rebuilt. scope: entered around each piece that runs with autograd, for
-    example to open a store of weight gradients. count: where to count the bytes that are kept. watch: told when pieces really run.
+    example to open a store of weight gradients; backward_scope: around the backward of each. count: where to count the bytes that
+    are kept. watch: told when pieces really run.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class Pass:
         *,
         recompute: bool = False,
         scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        backward_scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
         count: SavedBytes | None = None,
         watch: Watch | None = None,
     ) -> None:
         self._chain, self._queues, self._scope, self._count, self._watch = chain, queues, scope, count, watch
+        self._backward_scope = backward_scope
         self._grad = torch.is_grad_enabled()
         self._recompute = recompute and self._grad
         self._values: dict[str, Any] = dict(given)  # those that the forward still needs
@@ -56,6 +59,7 @@ class Pass:
         self._graphs: dict[int, Graph] = {}
         self._gradients: dict[str, list[torch.Tensor | None]] = {}
         self._order = Order()
+        self._ended: dict[QueueName, Made] = {}  # what the backward issued last to each queue
         self._again: dict[str, Made] = {}  # as `_made`, of rebuilt values
         self._owed: dict[str, list[Made]] = {}  # where the parts of a gradient were made
         self._made = dict.fromkeys(given, self._order.mark(queues["compute"]))
@@ -153,16 +157,19 @@ class Pass:
             if isinstance(piece, Exchange):
                 end = piece.run_backward(gradients, *graph.constants)
                 return lambda: self._give(piece, end())
-            graph.backward(gradients)
+            with self._backward_scope():
+                graph.backward(gradients)
             for name in dropped:
                 self._use_rebuilt(name)
             self._give(piece, graph.gradients)
             return None
 
         self._run(queue, "B", index, work)
-        made = self._order.mark(queue)
+        made = self._ended[piece.queue] = self._order.mark(queue)
         for name in piece.inputs:
             self._owed.setdefault(name, []).append(made)
+        if index == 0:  # W, on `compute`, adds gradients that other queues computed
+            self._order.after(self._queues["compute"], list(self._ended.values()))
 
     def backward_all(self) -> None:
         for index in reversed(range(len(self._chain.pieces))):

@@ -22,7 +22,17 @@ class Graph(NamedTuple):
         pairs = [(edge, g) for edge, g in zip(self.edges, gradients) if edge is not None and g is not None]
         if pairs:
             edges, seeds = zip(*pairs)
-            torch.autograd.backward(edges, seeds)
+            run_backward(edges, seeds)
+
+
+def run_backward(results: Any, gradients: Any = None) -> None:
+    """`torch.autograd.backward` on the calling thread.
+
+    Else a thread of autograd's launches the kernels of a device: ranges that profilers see here would not hold them, and the two
+    threads would hand over to each other at the start and the end of every piece.
+    """
+    with torch.autograd.set_multithreading_enabled(False):
+        torch.autograd.backward(results, gradients)
 
 
 def record(

@@ -12,7 +12,7 @@
 Without --schedule and --residual it is the job as it was.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -71,9 +71,15 @@ def forward_step(data_iterator, model):
         names = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
         tokens, labels, loss_mask, attention_mask, position_ids = (broadcast(batch, name) for name in names)
     else:
-        attention_mask = (torch.ones(1, 1, get_args().seq_length, get_args().seq_length).tril() < 0.5).cuda()
+        attention_mask = causal_mask(get_args().seq_length)
     output = model(tokens, position_ids, attention_mask, labels=labels)
     return output, partial(loss_func, loss_mask)
+
+
+@cache
+def causal_mask(length):
+    """What may not be looked at, [1, 1, length, length]. Made once, on the device: a copy from the host would be waited for."""
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=torch.cuda.current_device()).triu(1)
 
 
 def broadcast(batch, name):
@@ -82,8 +88,10 @@ def broadcast(batch, name):
     s = args.seq_length
     shape = (args.micro_batch_size, 1, s, s) if name == "attention_mask" else (args.micro_batch_size, s)
     dtype = {"loss_mask": torch.float32, "attention_mask": torch.bool}.get(name, torch.int64)
-    value = torch.empty(shape, dtype=dtype) if batch is None else batch[name].to(dtype).contiguous()
-    value = value.cuda(non_blocking=True)
+    if batch is None:
+        value = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+    else:
+        value = batch[name].to(dtype).contiguous().cuda(non_blocking=True)  # Megatron's loader pins it
     torch.distributed.broadcast(value, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
     return value
 

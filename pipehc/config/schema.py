@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pipehc.comm.budgets import MOST_BLOCKS
 from pipehc.config.stages import assign_blocks, placement_of
 from pipehc.schedules.families import FAMILIES
 from pipehc.schedules.placement import Placement
@@ -24,6 +25,7 @@ else:
 
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Size = Annotated[int, Field(gt=0, le=10**12)]
+Blocks = Annotated[int, Field(ge=1, le=MOST_BLOCKS)]
 Rate = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -186,6 +188,8 @@ class RuntimeConfig(Section):
     timeout_s: Positive = 120.0
     overlap: bool = True
     bucket_size: Size = 40_000_000  # gradients that are summed over the replicas together
+    message_blocks: Blocks | None = None  # None: as comm/budgets.py says, or the environment
+    all_to_all_blocks: Blocks | None = None
 
 
 class TraceConfig(Section):

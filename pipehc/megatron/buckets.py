@@ -7,8 +7,11 @@ tells of its own.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 
@@ -60,6 +63,49 @@ def bucket_order(chunk: DistributedDataParallel) -> list[Bucket]:
     return [Bucket(named[first][0], group) for first, group in sorted(firsts, key=lambda pair: -pair[0])]
 
 
+class NormCheck:
+    """Megatron's check of gradients before their sum (check_for_nan_in_grad, check_for_large_grads), at the end of the step.
+
+    Its own lets the host wait for the device at every bucket, in the midst of W. Here the norms stay on the device until all are
+    known, and Megatron's check then runs over them: the same complaints, before any weight changes.
+    """
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[Any, dict[str, bool], list[torch.Tensor]]] = []
+        self._in_step = False
+
+    def take_over(self, group: Any) -> None:
+        """group: one of DDP's bucket groups."""
+        group.check_grads = partial(self._note, group)
+
+    def begin_step(self) -> None:
+        """Until `finish`, checks are put off; outside they are made at once."""
+        self._noted, self._in_step = [], True
+
+    def _note(self, group: Any, **what: bool) -> None:
+        """In the place of the group's own `check_grads`."""
+        if not self._in_step:
+            type(group).check_grads(group, **what)
+            return
+        self._noted.append((group, what, [bucket.grad_data.norm(p=2) for bucket in group.buckets]))
+
+    def finish(self) -> None:
+        """Raises what Megatron's check raises. The host waits for the device once, if anything is to be checked."""
+        noted, self._noted, self._in_step = self._noted, [], False
+        if not noted:
+            return
+        found = iter(torch.stack([norm for _, _, norms in noted for norm in norms]).cpu())
+        for group, what, norms in noted:
+            type(group).check_grads(SimpleNamespace(buckets=[_Known(next(found)) for _ in norms]), **what)
+
+
+class _Known:
+    """As much of a bucket as Megatron's check asks of it, with a norm that is on the host."""
+
+    def __init__(self, norm: torch.Tensor) -> None:
+        self.grad_data = SimpleNamespace(norm=lambda p: norm)
+
+
 class BucketReduction:
     """Starts to sum the gradients of stages over their replicas. All replicas must begin, and start, their stages in one order.
 
@@ -70,12 +116,14 @@ class BucketReduction:
         self._buckets: dict[DistributedDataParallel, list[Bucket]] = {}
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
         self._owed = 0  # by all parameters, in buckets or not
+        self.checks = NormCheck()
         self._last: list[Bucket] = []  # of the stage whose last W is next or on its way: those to be summed, in their order
 
     def watch(self, chunk: DistributedDataParallel) -> None:
         """To be called once for each stage that is to be summed here, before its first forward."""
         self._buckets[chunk] = bucket_order(chunk)
         for bucket in self._buckets[chunk]:
+            self.checks.take_over(bucket.group)
             for parameter in bucket.parameters:
                 self._bucket_of[parameter] = bucket
                 parameter.register_post_accumulate_grad_hook(bucket.comes)
@@ -120,6 +168,7 @@ class BucketReduction:
     def begin_step(self) -> None:
         """No gradients are there; what an interrupted step left is forgotten."""
         self._owed, self._last = 0, []
+        self.checks.begin_step()
         for buckets in self._buckets.values():
             for bucket in buckets:
                 bucket.open()

@@ -10,8 +10,10 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
+from torch.func import functional_call
 
 from pipehc.comm.expert import Splits, start_all_to_all
+from pipehc.megatron.wgrad import stand_ins_of
 from pipehc.model.norm import rms_norm
 from pipehc.model.sublayers import CONTEXT, Connection, Sublayer
 from pipehc.recompute import Exchange, Piece
@@ -155,12 +157,23 @@ def padding_mask(context: Context) -> torch.Tensor | None:
 
 
 def norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a norm that Megatron built computes; for torch's RMSNorm saving less."""
+    """What a norm that Megatron built computes; for torch's RMSNorm saving less. `install_deferral` lets W add its gradients."""
+
+    def entering(parameter: torch.Tensor) -> torch.Tensor:
+        stand_ins = stand_ins_of(module)
+        return parameter if stand_ins is None else stand_ins(parameter)
+
+    def as_module(x: torch.Tensor) -> torch.Tensor:
+        if stand_ins_of(module) is None or not torch.is_grad_enabled():
+            return first_of(module(x))
+        parameters = {name: entering(parameter) for name, parameter in module.named_parameters()}
+        return first_of(functional_call(module, parameters, (x,), tie_weights=False) if parameters else module(x))
+
     if type(module) is not nn.RMSNorm:
-        return lambda x: first_of(module(x))
+        return as_module
     eps = module.eps
     assert eps is not None
-    return lambda x: rms_norm(x, module.weight, eps)
+    return lambda x: rms_norm(x, entering(module.weight), eps)
 
 
 def first_of(normed: Any) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """Deferred weight gradients (pipehc.model.wgrad) for the linear layers of Megatron's models: its local ones, which have none
-of their own, and TransformerEngine's."""
+of their own, and TransformerEngine's; and for hyper-connections, whose gradients other queues than W's compute."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from pipehc.megatron.te_wgrad import defer_te_layers, te_linear_layers
 from pipehc.megatron.versions import weight_shards
-from pipehc.model.wgrad import Accumulate, Split, linear
+from pipehc.model.hyper_connection import HyperConnection
+from pipehc.model.wgrad import Accumulate, Split, StandIns, linear
 
 
 class Account(Protocol):
@@ -32,8 +34,9 @@ def install_deferral(model: nn.Module, account: Account | None = None) -> None:
 
     That is all projections of attention, dense FFN, routed and shared experts, and the output layer, with any tensor and sequence
     parallelism: what the layers exchange of activations and their gradients stays in forward and backward. The bias that a
-    column-parallel layer adds itself is deferred with its weight. Embedding, norms, router, hyper-connections and biases that are
-    added after a product was summed keep autograd's own. Without a store the gradients come at once, by the same arithmetic.
+    column-parallel layer adds itself is deferred with its weight. The gradients of hyper-connections, and of the norms behind them,
+    are computed in the backward, on whichever queue, and added by W. Embedding, router, other norms and biases that are added after
+    a product was summed keep autograd's own. Without a store the gradients come at once, by the same arithmetic.
 
     A weight with several uses, as of a tied embedding and output layer, gets the gradient of each use once.
 
@@ -57,12 +60,28 @@ def install_deferral(model: nn.Module, account: Account | None = None) -> None:
     accumulators = _Accumulators(model, account)
     for layer in layers:
         layer._forward_impl = _forward_impl(layer, accumulators)
+    stand_ins = StandIns(accumulators.account)
+    for module in model.modules():
+        if isinstance(module, HyperConnection):
+            module.defer(stand_ins)
+        if isinstance(module, TransformerLayer):
+            for norm in (module.input_layernorm, module.pre_mlp_layernorm):
+                setattr(norm, _STAND_INS, stand_ins)
     overlapped = isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_grad_reduce
     at_once = defer_te_layers(te_layers, accumulators, overlapped=overlapped)
     if not dist.is_initialized() or dist.get_rank() == 0:
         for reason, count in at_once.items():
             text = f"pipehc: {count} TransformerEngine layers compute their weight gradients in the backward, not in W: {reason}"
             warnings.warn(text, stacklevel=2)
+
+
+_STAND_INS = "pipehc_stand_ins"
+
+
+def stand_ins_of(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What graphs take in the place of the parameters of a norm behind a hyper-connection; None where nothing is deferred."""
+    found: StandIns | None = getattr(module, _STAND_INS, None)
+    return found
 
 
 class _Accumulators:
@@ -79,6 +98,10 @@ class _Accumulators:
         if self._account is not None:
             for parameter in parameters:
                 self._account.owe(parameter)
+
+    def account(self, parameter: Any) -> Accumulate:
+        """What takes its gradient, and is told before that it will come."""
+        return Accumulate(self[parameter], owe=partial(self.owe, [parameter]))
 
     def __getitem__(self, parameter: nn.Parameter) -> Callable[[torch.Tensor | None], None]:
         if parameter not in self._made:

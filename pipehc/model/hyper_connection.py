@@ -13,6 +13,7 @@ from pipehc import kernels
 from pipehc.kernels import manifolds
 from pipehc.kernels.coefficients import check_fixed
 from pipehc.kernels.manifolds import KINDS
+from pipehc.model.wgrad import StandIns
 
 PHI_STD = 0.02
 """Standard deviation of phi at initialisation, as for the linear layers around it."""
@@ -57,6 +58,7 @@ class HyperConnection(nn.Module):
         self.hidden_size, self.streams, self.kind, self.fixed = hidden_size, streams, kind, tuple(fixed)
         self.initial_alpha: float = alpha
         self.track = False
+        self._stand_ins: StandIns | None = None
         self._h_res_sum: Tensor | None = None
         self._tokens = 0
         self.static = static
@@ -75,12 +77,17 @@ class HyperConnection(nn.Module):
         self.bias = nn.Parameter(torch.empty(streams * streams + 2 * streams))
         self.reset_parameters()
 
+    def defer(self, stand_ins: StandIns) -> None:
+        """From now on graphs take these in the place of the parameters."""
+        self._stand_ins = stand_ins
+
     @property
     def manifold(self) -> manifolds.Manifold:
         """The map from logits to H_res, with the present value of its scalar."""
         family, scalar = KINDS[self.kind], None
         if family.scalar_is == "learned":
-            scalar = torch.sigmoid(self.blend_logit).squeeze()
+            (logit,) = self._entering(self.blend_logit)
+            scalar = torch.sigmoid(logit).squeeze()
         if family.scalar_is == "controlled":
             scalar = self.get_buffer("s")
         return family.of(self._settings_of_maps, scalar)
@@ -169,8 +176,14 @@ class HyperConnection(nn.Module):
 
     def _parameters_of_maps(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.phi is None or self.alpha is None:
-            return self.bias.new_empty(0), self.bias.new_empty(0), self.bias
-        return self.phi, self.alpha, self.bias
+            (bias,) = self._entering(self.bias)
+            return self.bias.new_empty(0), self.bias.new_empty(0), bias
+        phi, alpha, bias = self._entering(self.phi, self.alpha, self.bias)
+        return phi, alpha, bias
+
+    def _entering(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Parameters on their way into a graph."""
+        return parameters if self._stand_ins is None else tuple(map(self._stand_ins, parameters))
 
     def _settings(self) -> dict[str, Any]:
         return {"manifold": self.manifold, "fixed": self.fixed}

@@ -69,7 +69,7 @@ class ChainStage(ABC):
         return self.end_backward(live)
 
     def backward_weight(self, microbatch: int) -> None:
-        self._deferred.pop(microbatch).flush()
+        self._deferred.pop(microbatch).flush(self._queues["compute"].hold)
 
     def recompute(self, microbatch: int) -> None:
         self._live[microbatch].run.rebuild()
@@ -82,15 +82,15 @@ class ChainStage(ABC):
     def flush(self, microbatch: int, store: WeightGradStore, node: str) -> None:
         """Computes the weight gradients owed so far, as a part of W that belongs to a node."""
         ended = None if self._watch is None else self._watch("W", microbatch, node, "compute")
-        store.flush()
+        store.compute()
         if ended is not None:
             ended()
 
     def _pass(self, microbatch: int, given: Mapping[str, Any], store: WeightGradStore) -> Pass:
         watch = None if self._watch is None else partial(self._piece, self._watch, microbatch)
         count, self._count = self._count, None
-        scope = store.deferring
-        return Pass(self.chain, self._queues, given, recompute=self._recompute, scope=scope, count=count, watch=watch)
+        scopes = {"scope": store.deferring, "backward_scope": store.receiving}
+        return Pass(self.chain, self._queues, given, recompute=self._recompute, **scopes, count=count, watch=watch)
 
     def _piece(self, watch: NodeWatch, microbatch: int, kind: Literal["F", "B", "R"], index: int) -> Callable[[], None]:
         piece, last = self.chain.pieces[index], self.chain.nodes[-1]

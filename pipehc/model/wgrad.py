@@ -1,25 +1,28 @@
 """Split a backward into its two halves: I, the input gradients, and W, the weight gradients, which no other rank waits for.
 
 Linear layers put each weight gradient, as a closure, into the store that was open when their *forward* ran; `flush` computes
-them. The store travels with the autograd graph, so it does not matter which thread runs the backward (CUDA has threads of its
-own for that), and micro-batches may be flushed in any order.
+them. That store travels with the autograd graph, so it does not matter which thread runs the backward, and micro-batches may be
+flushed in any order. The gradients of small parameters (`StandIns`) are computed with I; only to add them up is left to W.
 
     store = WeightGradStore()              # one for each (stage, micro-batch)
     with store.deferring():
         y = stage(x)
-    y.backward(dy)                         # I
+    with store.receiving():
+        y.backward(dy)                     # I
     store.flush()                          # W
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 _open: ContextVar["WeightGradStore | None"] = ContextVar("open_store", default=None)
+_receiving: ContextVar["WeightGradStore | None"] = ContextVar("receiving_store", default=None)
 
 
 class WeightGradStore:
@@ -27,9 +30,10 @@ class WeightGradStore:
 
     def __init__(self) -> None:
         self._owed: list[Callable[[], None]] = []
+        self._there: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
 
     def __len__(self) -> int:
-        return len(self._owed)
+        return len(self._owed) + len(self._there)
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
@@ -40,15 +44,41 @@ class WeightGradStore:
         finally:
             _open.reset(token)
 
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """The backward of `StandIns` that runs inside, in this thread, leaves their gradients here."""
+        token = _receiving.set(self)
+        try:
+            yield
+        finally:
+            _receiving.reset(token)
+
     def put(self, compute: Callable[[], None]) -> None:
         """Owe what `compute` will add to a gradient. It may hold activations and output gradients alive until then."""
         self._owed.append(compute)
 
-    def flush(self) -> None:
-        """Compute what is owed, in the order in which the backward met it; what it held is freed as it goes."""
+    def put_gradient(self, accumulate: Callable[[torch.Tensor], None], gradient: torch.Tensor) -> None:
+        """Owe to add a gradient that is there."""
+        self._there.append((accumulate, gradient))
+
+    def compute(self) -> None:
+        """Compute the weight gradients owed so far, in the order in which the backward met them; what they held is freed as it
+        goes. Gradients that are there wait for `flush`: another queue may be at them still."""
         owed, self._owed = self._owed[::-1], []
         while owed:
             owed.pop()()
+
+    def flush(self, hold: Callable[[torch.Tensor], None] = lambda _: None) -> None:
+        """Pay all that is owed, once the backward is over. hold: called with gradients that are there, and may be another queue's.
+
+        Those come first: a bucket whose gradients are complete is then summed as soon as its last product is computed.
+        """
+        there, self._there = self._there[::-1], []
+        while there:
+            accumulate, gradient = there.pop()
+            hold(gradient)
+            accumulate(gradient)
+        self.compute()
 
 
 def open_store() -> WeightGradStore | None:
@@ -125,6 +155,44 @@ class _Linear(torch.autograd.Function):
         else:
             ctx.store.put(compute)
         return finish(), None, None, None, None, None
+
+
+class StandIns:
+    """Leaves that take the place of parameters in graphs: their gradients go to `accumulate(parameter).weight`, not to autograd's.
+
+    They are added when the store that receives in the backward is flushed, so on W's queue; without one, at once. Autograd would
+    add them on the queue where it first saw the parameter: the queue that computes a gradient would wait for that one, and again
+    for the sum.
+    """
+
+    def __init__(self, accumulate: Callable[[torch.Tensor], Accumulate]) -> None:
+        self._accumulate = accumulate
+        self._leaves: dict[torch.Tensor, torch.Tensor] = {}
+
+    def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What a forward takes instead of `parameter`: that itself, where it gets no gradient."""
+        if not parameter.requires_grad or not torch.is_grad_enabled():
+            return parameter
+        leaf = self._leaves.get(parameter)
+        if leaf is None or leaf.data_ptr() != parameter.data_ptr():  # somebody may give it other memory
+            leaf = self._leaves[parameter] = parameter.detach().requires_grad_()
+            leaf.register_post_accumulate_grad_hook(partial(_hand_over, self._accumulate(parameter)))
+        return leaf
+
+    def __deepcopy__(self, memo: object) -> "StandIns":
+        """A copied module finds leaves for its own parameters here; what `accumulate` knows is not to be copied."""
+        return self
+
+
+def _hand_over(accumulate: Accumulate, leaf: torch.Tensor) -> None:
+    gradient, leaf.grad = leaf.grad, None
+    assert gradient is not None
+    accumulate.owe()
+    store = _receiving.get()
+    if store is None:
+        accumulate.weight(gradient)
+    else:
+        store.put_gradient(accumulate.weight, gradient)
 
 
 def _start_gather(x: torch.Tensor, split: Split | None) -> Callable[[], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Records what a step really did, as spans in the simulator's form, and marks it for profilers (NVTX)."""
+"""Records what a step really did, as spans in the simulator's form."""
 
 from __future__ import annotations
 
@@ -149,40 +149,6 @@ class _Tracked:
         except FutureTimeout:
             return False
         return True
-
-
-class Markers:
-    """An `Observer` that opens a range for every instruction and node, for Nsight Systems (NVTX) and torch.profiler."""
-
-    def __init__(self) -> None:
-        self._instruction: Callable[[], None] | None = None
-
-    def begin(self, instruction: Instruction) -> None:
-        what = instruction.action if isinstance(instruction, Run) else instruction.message
-        self._instruction = _open_range(f"{type(instruction).__name__} {what}")
-
-    def end(self, instruction: Instruction) -> None:
-        assert self._instruction is not None
-        self._instruction()
-
-    def node(self, of: Node) -> Callable[[], None]:
-        return _open_range(f"node {of}")
-
-
-def _open_range(name: str) -> Callable[[], None]:
-    """Returns what closes the range. On a CPU an all-to-all ends among the work of other nodes: its range need not nest."""
-    nvtx = torch.cuda.is_available()
-    if nvtx:
-        torch.cuda.nvtx.range_push(name)
-    record = torch.profiler.record_function(name)
-    record.__enter__()
-
-    def close() -> None:
-        record.__exit__(None, None, None)
-        if nvtx:
-            torch.cuda.nvtx.range_pop()
-
-    return close
 
 
 def save_step(recorder: Recorder, program: Program, step: int, folder: Path, position: tuple[int, int], *, recompute: bool) -> None:

@@ -1,5 +1,7 @@
 """Stage messages: few buffers, used again and again, and never under the hands of somebody who still needs them."""
 
+import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -9,7 +11,7 @@ from processes import run_ranks
 from toy_stages import ROWS, WIDTH, ToyStage, reference
 
 from pipehc.comm.device_waits import DeviceWaits
-from pipehc.comm.groups import CTAS, NCCL_LIMIT_S, edge_groups
+from pipehc.comm.groups import NCCL_LIMIT_S, edge_groups
 from pipehc.comm.messages import Mailbox
 from pipehc.schedules import build, compile
 from pipehc.schedules.execute import execute
@@ -149,23 +151,38 @@ def test_the_first_step_of_a_kind_may_go_through_host_memory():
     assert second == ([(0, True), (6, True), (0, True), (6, True)], [1, 3])  # activations
 
 
-class Transfer:
-    """As much of dist.Work as is asked."""
+class Place:
+    """Of a stream of no device: it is come to when the test says so."""
 
-    done = False
+    def __init__(self):
+        self.reached = threading.Event()
 
-    def is_completed(self):
-        return self.done
+    def synchronize(self):
+        self.reached.wait()
 
 
-def test_waits_of_the_device_are_counted_as_they_end_in_any_order():
-    waits, works = DeviceWaits(torch.device("cpu")), [Transfer() for _ in range(300)]
-    for k, work in enumerate(works):
-        waits.add(str(k), work)
-        work.done = k < 296  # an old one ends while new ones come
-    works[297].done = True
-    assert waits.look() == (297, ["296", "298", "299"])
-    assert waits.look() == (297, ["296", "298", "299"])
+def test_waits_of_the_device_are_counted_stream_by_stream():
+    places = [(k % 3, Place()) for k in range(300)]
+    marks = iter(places)
+    waits = DeviceWaits(torch.device("cpu"), lambda: next(marks))
+    for k in range(300):
+        waits.add(str(k))
+    assert waits.look() == (0, [str(k) for k in range(300)])
+
+    def wait_until(finished, others):
+        deadline = time.monotonic() + 20
+        while waits.look() != (finished, others) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert waits.look() == (finished, others)
+
+    for k, (stream, place) in enumerate(places):
+        if stream == 1 or k < 30:  # one stream comes through; the others stop
+            place.reached.set()
+    stopped = [str(k) for k, (stream, _) in enumerate(places) if stream != 1 and k >= 30]
+    wait_until(300 - len(stopped), stopped)
+    for _, place in places:
+        place.reached.set()
+    wait_until(300, [])
 
 
 def test_groups_of_cuda_have_few_blocks_a_high_priority_and_a_way_through_host_memory(monkeypatch):
@@ -175,10 +192,14 @@ def test_groups_of_cuda_have_few_blocks_a_high_priority_and_a_way_through_host_m
     monkeypatch.setattr(dist, "new_group", lambda ranks, **options: made.append((ranks, options)))
     edge_groups([[0, 1]], [(0, 1), (1, 0)], 7.0, "cuda")
     edge_groups([[0, 1]], [(0, 1)], 7.0)
-    (ranks, first), (_, second), (_, on_cpu) = made
+    edge_groups([[0, 1]], [(0, 1)], 7.0, "cuda", message_blocks=3)
+    monkeypatch.setenv("PIPEHC_MESSAGE_BLOCKS", "2")
+    edge_groups([[0, 1]], [(0, 1)], 7.0, "cuda")
+    (ranks, first), (_, second), (_, on_cpu), *others = made
     assert ranks == [0, 1] and first["backend"] == "cpu:gloo,cuda:nccl" and on_cpu["backend"] is None is on_cpu["pg_options"]
     options = first["pg_options"]
     assert options is not second["pg_options"]  # torch writes the group's name into them
-    assert options.is_high_priority_stream and options.config.max_ctas == CTAS
+    assert options.is_high_priority_stream and options.config.max_ctas == 4
+    assert [other["pg_options"].config.max_ctas for _, other in others] == [3, 2]
     # NCCL counts from the call, and the host is ahead of the device.
     assert options._timeout == first["timeout"] == timedelta(seconds=NCCL_LIMIT_S) and on_cpu["timeout"] == timedelta(seconds=7)

@@ -131,3 +131,40 @@ def test_steps_end_and_interrupted_ones_are_forgotten(job):
             job.reduction.start(job.chunk)
         job.module(torch.ones(1, 2)).sum().backward()  # between steps: not ours
     assert job.started == ["layer 2", "layer 1"] + 2 * ["layer 2", "layer 1", "layer 0"]
+
+
+class CheckedGroup(Group):
+    """With one bucket of gradients, and Megatron's check as far as it matters here."""
+
+    def __init__(self, name, parameters, started, value=1.0):
+        super().__init__(name, parameters, started)
+        self.buckets = [SimpleNamespace(grad_data=torch.tensor([3.0, value]))]
+
+    def check_grads(self, check_for_nan_or_inf, check_for_large):
+        for bucket in self.buckets:
+            norm = bucket.grad_data.norm(p=2)
+            assert check_for_nan_or_inf and not check_for_large
+            if torch.isnan(norm) or torch.isinf(norm):
+                raise RuntimeError(f"found {norm}")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_norms_are_checked_at_the_end_of_the_step(bad):
+    layers = [nn.Linear(2, 2) for _ in range(3)]
+    groups = [CheckedGroup("", layer.parameters(), [], value) for layer, value in zip(layers, (4.0, bad, 4.0))]
+    reduction = BucketReduction()
+    reduction.watch(Chunk(nn.Sequential(*layers), groups, []))
+    what = {"check_for_nan_or_inf": True, "check_for_large": False}
+    reduction.begin_step()
+    for group in groups:
+        group.check_grads(**what)  # as start_grad_sync does
+        group.buckets[0].grad_data.zero_()  # what is summed afterwards does not matter
+    with pytest.raises(RuntimeError, match=f"found {bad}"):
+        reduction.checks.finish()
+    reduction.checks.finish()  # once is enough
+    groups[1].buckets[0].grad_data.fill_(bad)
+    with pytest.raises(RuntimeError, match=f"found {bad}"):
+        groups[1].check_grads(**what)  # outside of our steps: at once
+    reduction.begin_step()
+    groups[0].check_grads(**what)
+    reduction.checks.finish()

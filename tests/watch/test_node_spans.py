@@ -21,7 +21,7 @@ from pipehc.schedules.__main__ import main
 from pipehc.schedules.draw import recorded
 from pipehc.schedules.execute import execute
 from pipehc.schedules.recording import Recording, measured_costs
-from pipehc.watch.trace import Markers, Recorder, node_watch, save_step
+from pipehc.watch.trace import Recorder, node_watch, save_step
 
 pytestmark = pytest.mark.timed
 
@@ -214,14 +214,3 @@ def test_pairs_leave_messages_when_the_costs_say():
                 assert span.end - start == pytest.approx(whole)
     with pytest.raises(ValueError, match=r"costs.pair_leave = \(0.8, 0.5\)"):
         Costs(pair_leave=(0.8, 0.5))
-
-
-def test_markers_open_a_range_for_every_node():
-    queues, markers = make_queues(torch.device("cpu")), Markers()
-    ones = torch.ones(1, 1)
-    stage = ModelStage(chain(True, True), queues, lambda m: (ones, ones), 1.0, watch=node_watch([markers], 0, 0))
-    with torch.profiler.profile() as profiler:
-        stage.forward(3, None)
-        stage.backward_input(3, None)
-    names = {event.name for event in profiler.events() if event.name.startswith("node ")}
-    assert names == {f"node {kind}3 0.{node}" for kind in "FB" for node in ("attention", "dispatch", "mlp", "combine", "mlp_post")}

@@ -19,7 +19,7 @@ from pipehc.schedules.draw import recorded
 from pipehc.schedules.execute import execute
 from pipehc.schedules.placement import linear
 from pipehc.schedules.recording import Recording, link_spans, measured_costs, merge
-from pipehc.watch.trace import Markers, Recorder, save_step
+from pipehc.watch.trace import Recorder, save_step
 
 pytestmark = pytest.mark.timed
 
@@ -140,18 +140,6 @@ def test_the_trainer_records_the_steps_asked_for_of_every_pipeline(tmp_path):
         nodes = {(s.kind, s.microbatch, s.what.split()[1]) for s in recording.spans if s.queue in ("node", "high")}
         names = [f"{block}.{node}" for block in range(4) for node in ("attention", "mlp", "mlp_post")]
         assert {node for node in nodes if node[0] != "R"} == {(kind, m, name) for kind in "FB" for m in range(4) for name in names}
-
-
-def test_markers_name_every_instruction_for_profilers():
-    instructions = compile(build("1f1b", 1, 2)).instructions[0]
-    markers = Markers()
-    with torch.profiler.profile() as profiler:
-        for instruction in instructions:
-            markers.begin(instruction)
-            torch.zeros(1)
-            markers.end(instruction)
-    names = [event.name for event in profiler.events() if event.name.startswith("Run ")]
-    assert names == [f"Run {instruction.action}" for instruction in instructions]
 
 
 def message(queue, rank, start, end, microbatch, stage=1):

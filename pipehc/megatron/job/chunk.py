@@ -33,6 +33,7 @@ from pipehc.model.sublayers import CONTEXT, Sublayer, build_chain
 from pipehc.model.wgrad import WeightGradStore
 from pipehc.recompute import Chain, Pass, Piece, cut
 from pipehc.recompute.chain import QueueName
+from pipehc.recompute.graph import run_backward
 
 INPUT = "hidden"
 """The chain's value that comes from the embedding or the stage before, [s, b, C] or [s, b, n*C]."""
@@ -216,8 +217,8 @@ class ChunkStage(ChainStage):
             if grad is not None:  # complete for the high-priority queue
                 self._queues["compute"].wait(self._queues["high"].event())
                 self._queues["compute"].hold(grad)
-            torch.autograd.backward(tail, grad)
-            live.store.flush()  # the output layer's: to defer it would keep the gradient of the logits
+            run_backward(tail, grad)
+            live.store.compute()  # the output layer's: to defer it would keep the gradient of the logits
             assert live.leaf is not None
             # A loss may not depend on the model: an empty batch.
             grad = torch.zeros_like(live.leaf) if live.leaf.grad is None else live.leaf.grad
@@ -232,5 +233,5 @@ class ChunkStage(ChainStage):
         if not self._first:
             return gradient
         if live.head is not None:
-            torch.autograd.backward(live.head, gradient)
+            run_backward(live.head, gradient)
         return None

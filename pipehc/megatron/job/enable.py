@@ -10,11 +10,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing, parallel_state, utils
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import clip_grads
 from megatron.core.pipeline_parallel import schedules
 
 from pipehc.config.schema import ResidualConfig
+from pipehc.megatron.gradient_norm import local_l2_norm
 from pipehc.megatron.job.job_refusals import refuse_job
 from pipehc.megatron.job.loading import loading
 from pipehc.megatron.job.mirror import counted_once, gradient_groups
@@ -96,6 +98,8 @@ class Enabled:
         for name in MEGATRONS:
             self._replace(schedules, name, lambda _: self._function)
         self._replace(schedules, "get_model_config", self._begun_by_megatron)
+        if clip_grads.l2_norm_impl is getattr(utils, "local_multi_tensor_l2_norm", None):
+            self._replace(clip_grads, "l2_norm_impl", lambda _: local_l2_norm)
         self._replace(dist_checkpointing, "load", lambda load: loading(load, self._from_plain))
         if self._residual is not None:
             self._replace(GPTModel, "__init__", self._gpt_model)

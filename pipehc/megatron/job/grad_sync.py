@@ -10,7 +10,6 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 
-from pipehc.comm.queues import Queue, join
 from pipehc.megatron.buckets import BucketReduction
 from pipehc.model.reduction import EarlyReduction
 from pipehc.schedules import Program
@@ -46,7 +45,6 @@ def early_reduction(
     chunks: Mapping[tuple[int, int], Any],
     config: Any,
     reduction: BucketReduction,
-    queues: Mapping[str, Queue],
 ) -> EarlyReduction:
     """Sums the gradients of a chunk when its last weight gradient is there: bucket by bucket, or by a function of the job's own."""
     functions = as_list(config.grad_sync_func, len(chunks))
@@ -54,13 +52,11 @@ def early_reduction(
         functions = []  # what --align-grad-reduce sets
 
     def start(held: tuple[int, int]) -> None:
-        join(queues)  # gradients of hyper-connections come from other queues
         chunk = chunks[held]
         reduction.start(chunk, partial(functions[list(chunks).index(held)], chunk.parameters()) if functions else None)
 
     def expect(held: tuple[int, int]) -> None:
         if not functions:
-            join(queues)
             reduction.expect_last(chunks[held])
 
     return EarlyReduction(program, rank, start, expect)

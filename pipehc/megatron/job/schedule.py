@@ -45,6 +45,7 @@ from pipehc.megatron.wgrad import install_deferral
 from pipehc.recompute import Chain
 from pipehc.schedules import Placement, Program, Schedule, compile
 from pipehc.schedules.execute import execute
+from pipehc.watch.markers import available
 from pipehc.watch.trace import node_watch
 
 
@@ -78,7 +79,7 @@ def forward_backward_func(
         trace_steps: record these iterations (first and last) into files in `trace_folder`. They are the job's own, as its log has
             them, also after a resume; a loop that uses neither megatron.training nor Megatron's rerun state machine has its steps
             counted from 1 in this process.
-        nvtx: open a range for every action and node, for Nsight Systems and torch.profiler.
+        nvtx: open a range for every action and node, for Nsight Systems and torch.profiler. Needs the package nvtx.
         search: for "auto": costs (`pipehc.schedules.Costs`), placement ("linear", "v" or "bidirectional"), and max_live,
             time_limit, seed as `pipehc.schedules.auto` takes them.
 
@@ -104,6 +105,7 @@ def forward_backward_func(
     refuse_unless(steps, "trace_steps", trace_steps, "(first, last) with 1 <= first <= last, or None")
     for name, folder in (("trace_folder", trace_folder), ("watchdog_folder", watchdog_folder)):
         refuse_unless(isinstance(folder, (str, PathLike)) and bool(str(folder)), name, folder, "a path")
+    refuse_unless(not nvtx or available(), "nvtx", nvtx, "False where the package nvtx (0.2.12 or newer) is not installed")
     tracing = Tracing(trace_steps, Path(trace_folder), nvtx)
     hang = HangReport(timeout_s, Path(watchdog_folder))
     return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, tracing, hang)
@@ -188,7 +190,7 @@ class ForwardBackward:
         # Megatron's 1F1B goes by the decoder's length if it is given.
         mailbox = self._mailbox(config, decoder_seq_length or seq_length, micro_batch_size, streams_of(chunks), groups)
         self._announce(program, chunks)
-        tracing = self._tracing.observers(forward_only, pipeline.rank(), self._device, self._queues)
+        tracing = self._tracing.observers(forward_only, pipeline.rank(), self._device, self._queues, held)
         observers: list[Any] = [self._hang.watchdog, *self.own_observers(), *tracing]
         stages = {
             (lane, stage): self.stage_type(
@@ -211,7 +213,7 @@ class ForwardBackward:
                     stack.enter_context(self._reduction.step(reduced_early))
                     if reduced_early:
                         by_place = dict(zip(held, chunks))
-                        early = early_reduction(program, pipeline.rank(), by_place, config, self._reduction, self._queues)
+                        early = early_reduction(program, pipeline.rank(), by_place, config, self._reduction)
                         observers.append(early)
                 instructions = program.instructions[pipeline.rank()]
                 mailbox.begin(forward_only)
@@ -220,6 +222,7 @@ class ForwardBackward:
                 own.finish()
             if config.finalize_model_grads_func is not None and not forward_only:
                 self._finalize(chunks, config, list(stages.values()), placement, groups, force_all_reduce)
+            self._reduction.checks.finish()
             reports = {m: data for stage in stages.values() for m, report in stage.reported.items() for data in report}
             if _scattered_losses(placement):
                 reports = _gathered(reports, pipeline, self._device)

@@ -15,7 +15,8 @@ from pipehc.comm.messages import Mailbox
 from pipehc.comm.queues import Queue
 from pipehc.megatron.job.iteration import Iterations
 from pipehc.schedules import Program
-from pipehc.watch.trace import Markers, Recorder, save_step
+from pipehc.watch.markers import Markers
+from pipehc.watch.trace import Recorder, save_step
 
 
 @dataclass
@@ -27,10 +28,20 @@ class Tracing:
     nvtx: bool
     step: int = 0
     iterations: Iterations = field(default_factory=Iterations)
+    _markers: Markers | None = None
 
-    def observers(self, forward_only: bool, rank: int, device: torch.device, queues: Mapping[str, Queue]) -> list[Any]:
-        """Those of the call that begins."""
-        found: list[Any] = [Markers()] if self.nvtx else []
+    def observers(
+        self,
+        forward_only: bool,
+        rank: int,
+        device: torch.device,
+        queues: Mapping[str, Queue],
+        held: Sequence[tuple[int, int]],
+    ) -> list[Any]:
+        """Those of the call that begins. held: (lane, stage) of the chunks of this rank."""
+        if self.nvtx and self._markers is None:
+            self._markers = Markers(held)
+        found: list[Any] = [] if self._markers is None else [self._markers]
         if not forward_only:
             self.step = self.iterations.next()
             if self.steps is not None and self.steps[0] <= self.step <= self.steps[1]:

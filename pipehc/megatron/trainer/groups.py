@@ -1,12 +1,17 @@
 """Process groups: Megatron's own, plus mirrored data-parallel groups when every stage exists twice (DualPipe)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
 
 import torch
 import torch.distributed as dist
+import yaml
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from pipehc.comm.budgets import ALL_TO_ALL_BLOCKS, blocks
 from pipehc.megatron import cpu
 from pipehc.megatron.versions import check_trainer_version
 
@@ -35,12 +40,13 @@ class Groups:
     collection: ProcessGroupCollection  # for the modules, DDP and the optimizer
 
 
-def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
+def build_groups(pp: int, tp: int, ep: int, replicated: bool, all_to_all_blocks: int | None = None) -> Groups:
     """Build all process groups; torch.distributed must be initialised, and every rank of the world must call this.
 
     Args:
         pp, tp, ep: sizes of pipeline, tensor and expert parallelism; data parallelism is what the world leaves.
         replicated: pipeline positions r and pp-1-r hold the same stages (DualPipe), so their gradients are summed.
+        all_to_all_blocks: thread blocks of an expert all-to-all on CUDA; None: as `comm.budgets` says.
 
     Raises:
         ValueError: if the sizes do not fit the world or one another, or for a version of megatron-core that the trainer cannot use.
@@ -56,15 +62,15 @@ def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
         raise ValueError(f"parallel.pp = {pp}: two replicas of every stage need an even number of pipeline ranks")
     if not torch.cuda.is_available():
         cpu.install()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=1,
-        create_gloo_process_groups=False,
-        # NCCL's kernels run on the group's stream, not on ours: all-to-alls must not queue behind the computation that hides them.
-        high_priority_stream_groups=["ep"] if torch.cuda.is_available() else None,
-    )
+    with _nccl_settings(all_to_all_blocks) as settings:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+            nccl_communicator_config_path=settings,
+        )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     own_dp = collection.dp
     # The distributed optimizer gives every parameter element one owner in the world: the gradient norm sums over all ranks.
@@ -87,6 +93,20 @@ def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
         replicated=replicated,
         collection=collection,
     )
+
+
+@contextmanager
+def _nccl_settings(all_to_all_blocks: int | None) -> Iterator[str | None]:
+    """Path of a file with what NCCL is to know of Megatron's groups; None without CUDA."""
+    if not torch.cuda.is_available():
+        yield None
+        return
+    # NCCL's kernels run on the group's stream, not on ours: all-to-alls must not queue behind the computation that hides them.
+    settings = {"ep": {"is_high_priority_stream": True, "max_ctas": blocks(ALL_TO_ALL_BLOCKS, all_to_all_blocks)}}
+    with NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(yaml.safe_dump(settings))
+        file.flush()
+        yield file.name
 
 
 def _mirror(collection: ProcessGroupCollection, pp: int, dp: int, tp: int, ep: int) -> None:

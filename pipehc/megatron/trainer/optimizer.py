@@ -16,6 +16,7 @@ from torch import nn
 
 from pipehc.checkpoint.flat_slices import FlatSlice
 from pipehc.megatron.buckets import BucketReduction
+from pipehc.megatron.gradient_norm import gradient_norm
 from pipehc.megatron.trainer.groups import Groups
 from pipehc.megatron.trainer.model import DTYPES, StageModel, buffer_names, parameter_names
 from pipehc.megatron.wgrad import install_deferral
@@ -32,6 +33,7 @@ class Optimizer:
 
     def __init__(self, config: Any, groups: Groups, models: Sequence[StageModel]) -> None:
         self.models = list(models)
+        self._device = next(self.models[0].parameters()).device
         self._settings, self._groups = config.optimizer, groups
         self._bias_update_rate = config.model.bias_update_rate
         self._chunks = [_wrap(model, groups, config.runtime.bucket_size) for model in models]
@@ -104,7 +106,9 @@ class Optimizer:
             FloatingPointError: on every rank, before anything has changed, if that norm is not finite.
         """
         self._megatron.prepare_grads()
-        norm = float(self._megatron.get_grad_norm())
+        # Every parameter element has one owner in the world.
+        owned = [gradient for part in self._parts for gradient in part.get_grads_for_grad_norm()]
+        norm = gradient_norm(owned, self._device)
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}")
         for part in self._parts:

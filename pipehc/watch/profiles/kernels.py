@@ -12,7 +12,7 @@ from pipehc.watch.profiles.intervals import Interval, common, length, minus, uni
 from pipehc.watch.profiles.model import Loss, Messages, Rank
 from pipehc.watch.profiles.names import doubtful, short
 
-# The ranges that pipehc.watch.trace.Markers opens around a recomputation: "Run 2R7", "Run 2R7@1".
+# The ranges that pipehc.watch.markers.Markers opens around a recomputation: "Run 2R7", "Run 2R7@1".
 RECOMPUTATION = re.compile(r"Run \d+R\d+(@\d+)?")
 
 

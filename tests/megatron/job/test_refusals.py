@@ -3,6 +3,7 @@
 import argparse
 import functools
 import re
+import sys
 from types import SimpleNamespace
 
 import megatron.core.models.gpt.gpt_model
@@ -326,3 +327,9 @@ def wrong_number(rank):
 
 def test_given_schedules_must_fit():
     run_ranks(wrong_number, 2)
+
+
+def test_ranges_need_the_package_nvtx(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    with pytest.raises(ValueError, match="nvtx = True: must be False where the package nvtx"):
+        forward_backward_func("1f1b", nvtx=True)
