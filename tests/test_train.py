@@ -78,7 +78,8 @@ def losses(folder):
 
 
 def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
-    """One uninterrupted run; one stopped half-way and resumed: equal bits. Its checkpoint then goes on in two other layouts."""
+    """One uninterrupted run; one stopped half-way and resumed, through host memory: equal bits. Its checkpoint goes on in two other
+    layouts."""
     config = write()
     whole = train(config, f"run.folder={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -91,7 +92,7 @@ def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
 
     part = tmp_path / "part"
     assert train(config, f"run.folder={part}", "train.steps=4", "optimizer.decay=[]").returncode == 0
-    resumed = train(config, f"run.folder={part}")
+    resumed = train(config, f"run.folder={part}", "runtime.transport=host")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "going on after step 4" in resumed.stdout
     assert losses(part) == losses(tmp_path / "whole")

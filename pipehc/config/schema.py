@@ -186,6 +186,7 @@ class RuntimeConfig(Section):
     timeout_s: Positive = 120.0
     overlap: bool = True
     bucket_size: Size = 40_000_000  # gradients that are summed over the replicas together
+    transport: Literal["device", "host"] = "device"  # host: all that ranks exchange goes through host memory
 
 
 class TraceConfig(Section):

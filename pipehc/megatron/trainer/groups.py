@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from pipehc.comm.host_group import HOST
 from pipehc.megatron import cpu
 from pipehc.megatron.versions import check_trainer_version
 
@@ -54,7 +55,8 @@ def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
         raise ValueError(f"parallel.ep = {ep} does not divide the {dp * tp} processes of one pipeline position")
     if replicated and pp % 2:
         raise ValueError(f"parallel.pp = {pp}: two replicas of every stage need an even number of pipeline ranks")
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
         cpu.install()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
@@ -63,7 +65,7 @@ def build_groups(pp: int, tp: int, ep: int, replicated: bool) -> Groups:
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
         # NCCL's kernels run on the group's stream, not on ours: all-to-alls must not queue behind the computation that hides them.
-        high_priority_stream_groups=["ep"] if torch.cuda.is_available() else None,
+        high_priority_stream_groups=["ep"] if on_gpu and dist.get_backend() != HOST else None,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     own_dp = collection.dp
