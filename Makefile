@@ -6,6 +6,9 @@ READY := $(VENV)/.ready
 DEMO_PROCESSES ?= 4
 export OMP_NUM_THREADS ?= 1
 
+# What `make gpu-check` needs beside PyTorch, Triton and Megatron-core: nothing that would bring a PyTorch along.
+LIGHT := hypothesis numpy packaging psutil pydantic pytest pytest-timeout pyyaml rich setuptools
+
 .PHONY: demo test test-all lint bench gpu-check wheels clean
 
 ifndef SYSTEM
@@ -15,13 +18,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --retries 10 --constraint constraints.txt --editable '.[test,viz]'
 	touch $(READY)
 else
-# SYSTEM=1: PyTorch, Triton and whatever else $(PYTHON) has are used as they are; only what it lacks of `check` is installed. A .pth
-# file names its packages, not --system-site-packages: that would name those of the interpreter that $(PYTHON) may be a venv of.
+# SYSTEM=1: PyTorch, Triton and whatever else $(PYTHON) has are used as they are; only what it lacks is installed. A .pth file names
+# its packages, not --system-site-packages: that would name those of the interpreter that $(PYTHON) may be a venv of.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv --without-pip $(VENV)
 	$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
 	  > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system.pth"
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --retries 10 --editable '.[check]'
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --retries 10 $(LIGHT)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --retries 10 --no-deps megatron-core --editable .
 	touch $(READY)
 endif
 
@@ -62,7 +66,7 @@ wheels:
 ifndef SYSTEM
 	$(DOWNLOAD) '.[test,viz]' pip setuptools
 else
-	$(DOWNLOAD) hypothesis numpy packaging psutil pydantic pytest pytest-timeout pyyaml rich setuptools
+	$(DOWNLOAD) $(LIGHT)
 	$(DOWNLOAD) --no-deps megatron-core
 endif
 

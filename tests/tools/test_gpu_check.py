@@ -130,5 +130,5 @@ def test_the_wheels_of_make_are_what_pyproject_needs_beside_torch():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = project["dependencies"] + project["optional-dependencies"]["check"]
     names = {re.split(r"[<>=!; ]", text)[0] for text in needed} - {"torch", "triton"}
-    named = set(re.findall(r"\$\(DOWNLOAD\) (.*)", (ROOT / "Makefile").read_text())[1].split()) | {"megatron-core"}
+    named = set(re.search(r"^LIGHT := (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()) | {"megatron-core"}
     assert names <= named and named - names == {"packaging", "setuptools"}  # of megatron-core, and to install this checkout
