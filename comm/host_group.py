@@ -65,7 +65,7 @@ class HostGroup(dist.ProcessGroup):
     """A process group on top of `gloo`. Whoever issues a collective waits for what its stream was given before."""
 
     def __init__(self, gloo: dist.ProcessGroup) -> None:
-        super().__init__(gloo.rank(), gloo.size())
+        super().__init__(gloo.rank(), gloo.size())  # type: ignore[call-arg]  # of groups written in Python
         self._gloo = gloo
 
     def getBackendName(self) -> str:

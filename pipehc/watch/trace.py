@@ -101,7 +101,7 @@ class Recorder:
     @contextmanager
     def attached(self, mailbox: Mailbox) -> Iterator[None]:
         """In this block the transfers of `mailbox` are recorded."""
-        mailbox.tracker = lambda *transfer: self._track(*transfer, host_waits=mailbox.host_waits)
+        mailbox.tracker = lambda message, kind, work: self._track(message, kind, work, mailbox.host_waits)
         try:
             yield
         finally:
