@@ -7,13 +7,28 @@ DEMO_PROCESSES ?= 4
 JOBS ?= $(shell nproc)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint bench gpu-check clean
+# What `make gpu-check` needs beside PyTorch, Triton and Megatron-core: nothing that would bring a PyTorch along.
+LIGHT := hypothesis numpy packaging psutil pydantic pytest pytest-timeout pyyaml rich setuptools
 
+.PHONY: demo test test-all lint bench gpu-check wheels clean
+
+ifndef SYSTEM
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --retries 10 --upgrade pip
 	$(BIN)/python -m pip install --quiet --retries 10 --constraint constraints.txt --editable '.[test,viz]'
 	touch $(READY)
+else
+# SYSTEM=1: PyTorch, Triton and whatever else $(PYTHON) has are used as they are; only what it lacks is installed. A .pth file names
+# its packages, not --system-site-packages: that would name those of the interpreter that $(PYTHON) may be a venv of.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	  > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system.pth"
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --retries 10 $(LIGHT)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --retries 10 --no-deps megatron-core --editable .
+	touch $(READY)
+endif
 
 # Trains a small mHC mixture-of-experts transformer with DualPipe over four processes, on the Python sources of this interpreter.
 demo: $(READY)
@@ -44,18 +59,21 @@ bench: $(READY)
 	$(BIN)/python tools/bench_schedules.py $(if $(filter 0,$(shell id -u)),--realtime)
 	$(BIN)/python tools/auto_table.py
 
-KERNEL_TESTS := $(patsubst %,tests/kernels/test_%.py,coefficients pre coefficients_pre post_res post_res_pre birkhoff isometric \
-	hybrid identity_offset harmonized tiles) tests/model/test_hyper_connection.py
+# On a machine with a GPU: trainings over one process and over four, every kernel test, kernel times; one report.
 gpu-check: $(READY)
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS) && \
-	  $(BIN)/torchrun --standalone --nproc-per-node 1 -m pipehc.train --config configs/cpu_demo.yaml parallel.pp=1 \
-	    schedule.name=1f1b train.precision=bf16 train.steps=20 run.folder=runs/gpu_check checkpoint.resume=never && \
-	  if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 4)'; then \
-	    $(BIN)/torchrun --standalone --nproc-per-node 4 -m pipehc.train --config configs/cpu_demo.yaml recompute.enabled=true \
-	      train.precision=bf16 train.steps=20 'trace.steps=[10,10]' run.folder=runs/gpu_check_4 checkpoint.resume=never; \
-	  else echo "fewer than four GPUs: messages between them are not checked"; fi; \
-	else echo "no CUDA device here: nothing to check"; fi
+	$(BIN)/python tools/gpu_check.py $(ARGS)
+
+# What a machine without network needs, into a folder: there, `PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels make gpu-check`, with SYSTEM=1 in
+# both places if it has its own PyTorch and Triton. To be made where Python and processor are the same.
+WHEELS ?= wheels
+DOWNLOAD := $(PYTHON) -m pip download --quiet --retries 10 --dest $(WHEELS) --constraint constraints.txt
+wheels:
+ifndef SYSTEM
+	$(DOWNLOAD) '.[test,viz]' pip setuptools
+else
+	$(DOWNLOAD) $(LIGHT)
+	$(DOWNLOAD) --no-deps megatron-core
+endif
 
 clean:
 	rm -rf $(VENV) runs

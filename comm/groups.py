@@ -30,8 +30,9 @@ def edge_groups(
     pipelines: for every pipeline (one a data-parallel rank) the global ranks by pipeline position. edges: directed position pairs
     that carry messages. Collective: every process of the world calls it with the same arguments. Two edges between the same two
     ranks get two groups: at two ranks 'next' and 'previous' are the same peer, and on one group an activation could be taken for
-    a gradient. timeout_s: the groups' own limit, on CUDA at least NCCL_LIMIT_S; None: torch's. device: of the messages; groups of
-    CUDA also carry those of host memory. message_blocks: thread blocks of a message on CUDA; None: as `budgets` says.
+    a gradient. timeout_s: the groups' own limit, on CUDA at least NCCL_LIMIT_S; None: torch's. device: that they lie on when
+    they are sent; groups of CUDA also carry those of host memory. message_blocks: thread blocks of a message on CUDA; None: as
+    `budgets` says.
     """
     on_gpu = torch.device(device).type == "cuda"
     timeout = None if timeout_s is None else timedelta(seconds=max(timeout_s, NCCL_LIMIT_S) if on_gpu else timeout_s)
@@ -40,7 +41,7 @@ def edge_groups(
     for ranks in pipelines:
         for source, target in edges:
             options = _nccl_options(timeout, blocks(MESSAGE_BLOCKS, message_blocks)) if on_gpu else None
-            backend = "cpu:gloo,cuda:nccl" if on_gpu else None
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # not the world's, which may be NCCL
             group = dist.new_group([ranks[source], ranks[target]], timeout=timeout, backend=backend, pg_options=options)
             if own in (ranks[source], ranks[target]):
                 assert isinstance(group, dist.ProcessGroup)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from pipehc.comm.device_waits import DeviceWaits
 from pipehc.comm.groups import Edge
+from pipehc.comm.host_memory import HostSlots
 
 
 class PeerError(RuntimeError):
@@ -36,6 +37,9 @@ class _Pending(NamedTuple):
     peer: int  # rank of the world
 
 
+Transport = Literal["device", "host"]
+"""What carries messages: NCCL where they lie on CUDA, or gloo through host memory. On a CPU both are gloo's; `host` copies, too."""
+
 _Slot = tuple[Edge, int]  # of an edge: compiled programs number its receive buffers, and its sends in flight
 
 
@@ -46,8 +50,12 @@ class Mailbox:
     promises that all use of the one before has ended. A send keeps its tensor until `delivered`, or until `drain`.
 
     groups: a process group per directed edge (see `edge_groups`). shape, dtype, device: of every message. timeout_s: how long a
-    wait of the host may take before PeerError. first_through_host: whether the first step of every kind sends its messages through
-    host memory, see `begin`; None: on CUDA. `waiting` may be read by other threads; `tracker` may be set between two steps.
+    wait of the host may take before PeerError. transport: `host` sends all messages through host memory. first_through_host:
+    whether the first step of every kind does, see `begin`; None: on CUDA. `waiting` may be read by other threads; `tracker` may be
+    set between two steps.
+
+    Through host memory the host waits: in `send` for all that the current stream was given before, in `wait` and `delivered` for
+    the peer. So it computes the same, and hides little behind computation.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Mailbox:
         device: torch.device | str = "cpu",
         timeout_s: float = 120.0,
         first_through_host: bool | None = None,
+        transport: Transport = "device",
     ) -> None:
         self._peers = {edge: _peer(group) for edge, group in groups.items()}
         self._groups, self._shape, self._dtype, self._device = groups, shape, dtype, torch.device(device)
@@ -69,7 +78,9 @@ class Mailbox:
         self.waiting: Waiting | None = None
         self.tracker: Tracker | None = None
         self._first_through_host = self._device.type == "cuda" if first_through_host is None else first_through_host
-        self._through_host = False
+        self._transport = transport
+        self._through_host = transport == "host"
+        self._on_host = HostSlots(shape, dtype, self._device)
         self._begun: set[Hashable] = set()
         self._on_device = DeviceWaits(self._device)
 
@@ -79,15 +90,22 @@ class Mailbox:
         The first step of a kind loads kernels and connects groups, which may wait until the device is idle; it never is while NCCL
         waits there for a message that depends on that kernel. So this step's messages go from host to host, at any speed.
         """
-        self._through_host = self._first_through_host and kind not in self._begun
+        self._through_host = self._transport == "host" or (self._first_through_host and kind not in self._begun)
         self._begun.add(kind)
+        if not self._through_host:
+            self._on_host.release()
+
+    @property
+    def host_waits(self) -> bool:
+        """Whether it is the host that waits for the messages of this step: gloo's, each of which only one may wait for."""
+        return self._through_host or self._device.type != "cuda"
 
     def post(self, message: tuple, edge: Edge, slot: int = 0) -> None:
         """Posts the receive of `message` on `edge`. Posts of an edge must have the order of the peer's sends."""
         assert all(other != (edge, slot) for other, _ in self._received.values()), f"{message}: something is posted into its slot"
         tensor = self._buffer((edge, slot))  # made in any case: asking for memory, too, may wait for an idle device
         if self._through_host:
-            tensor = torch.empty(self._shape, dtype=self._dtype)
+            tensor = self._on_host.receiving((edge, slot))
         try:
             work = dist.irecv(tensor, group=self._groups[edge], group_src=_position(edge, edge[0]))
         except RuntimeError as error:
@@ -95,11 +113,13 @@ class Mailbox:
         self._received[message] = (edge, slot), self._pending(message, "recv", work, tensor, edge)
 
     def wait(self, message: tuple) -> torch.Tensor:
-        """The tensor of a posted message, once it has arrived; on CUDA the current stream waits, the host does not."""
-        _, pending = self._received.pop(message)
+        """The tensor of a posted message, once it has arrived; on CUDA the current stream waits, the host only with `host`."""
+        slot, pending = self._received.pop(message)
         self._finish(pending, f"waiting for the {message}")
+        if self._through_host:
+            self._on_host.land(slot, self._buffers[slot])
         # Detached: what a stage does to it, such as ask for its gradient, must not stay with the buffer.
-        return pending.tensor.to(self._device).detach()
+        return self._buffers[slot].detach()
 
     def send(self, message: tuple, edge: Edge, tensor: torch.Tensor, slot: int = 0) -> None:
         """Starts sending and returns; the tensor is held until the peer has it. Raises ValueError on a wrong shape or dtype."""
@@ -109,11 +129,13 @@ class Mailbox:
                 f"its neighbour expects {self._shape} {self._dtype}"
             )
         assert (edge, slot) not in self._sent, f"{message}: no event says that what was sent from its slot before has arrived"
-        tensor = tensor.detach().contiguous()
-        if tensor.untyped_storage()._cdata in self._storages:
-            tensor = tensor.clone()  # a stage that hands on what it got: its buffer may be used again before this is sent
+        tensor = tensor.detach()
         if self._through_host:
-            tensor = tensor.cpu()
+            tensor = self._on_host.sending((edge, slot), tensor)
+        else:
+            tensor = tensor.contiguous()
+            if tensor.untyped_storage()._cdata in self._storages:
+                tensor = tensor.clone()  # a stage that hands on what it got: its buffer may be used again before this is sent
         try:
             work = dist.isend(tensor, group=self._groups[edge], group_dst=_position(edge, edge[1]))
         except RuntimeError as error:
@@ -121,7 +143,8 @@ class Mailbox:
         self._sent[edge, slot] = message, self._pending(message, "send", work, tensor, edge)
 
     def delivered(self, edge: Edge, slot: int) -> torch.Tensor:
-        """Waits until the peer has what was sent from a slot, returns it and lets go of it; on CUDA the current stream waits."""
+        """Waits until the peer has what was sent from a slot, returns what it was sent from and lets go of it; on CUDA the current
+        stream waits."""
         message, pending = self._sent.pop((edge, slot))
         self._finish(pending, f"sending the {message}")
         return pending.tensor
@@ -145,7 +168,7 @@ class Mailbox:
         self, message: tuple, kind: Literal["send", "recv"], work: dist.Work | None, tensor: torch.Tensor, edge: Edge
     ) -> _Pending:
         assert work is not None
-        if self.tracker is not None and not self._through_host:
+        if self.tracker is not None:
             work = self.tracker(message, kind, work)
         return _Pending(work, tensor, self._peers[edge])
 

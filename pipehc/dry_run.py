@@ -40,7 +40,9 @@ class DryTrainer(Trainer):
 
     def __init__(self, config: Config, tracker: Tracker, schedule: Schedule | None = None) -> None:
         self._tracker = tracker
-        super().__init__(config, schedule)
+        # Its hardware has links between devices; and what has no data cannot be copied to the host.
+        runtime = config.runtime.model_copy(update={"transport": "device"})
+        super().__init__(config.model_copy(update={"runtime": runtime}), schedule)
         self.queues = dict.fromkeys(("compute", "high", "communication"), IssueQueue())
         self.observers.append(Observer(tracker))
         if self._gain is not None:  # its small product of all maps is made on the host

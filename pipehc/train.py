@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from pipehc.checkpoint.store import Checkpoints
 from pipehc.comm.budgets import set_gpu_defaults
 from pipehc.comm.environment import overlap_warnings, quiet_libraries
 from pipehc.comm.groups import NCCL_LIMIT_S
+from pipehc.comm.host_group import HOST, register
 from pipehc.comm.messages import PeerError, first_line
 from pipehc.comm.once import say_once
 from pipehc.comm.ranks import RankError, Ranks
@@ -94,9 +95,11 @@ def run(config: Config) -> int:
     set_gpu_defaults(os.environ)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own_gpu(config, os.environ, torch.cuda.device_count()))
     limit_s = max(NCCL_LIMIT_S if on_gpu else 60.0, config.runtime.timeout_s)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=limit_s))
+    register()
+    backend = HOST if config.runtime.transport == "host" else "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=limit_s))
     try:
         train(config, progress)
     except ConfigError:
@@ -106,6 +109,18 @@ def run(config: Config) -> int:
         return 1
     dist.destroy_process_group()
     return 0
+
+
+def own_gpu(config: Config, environment: Mapping[str, str], gpus: int) -> int:
+    """The GPU of this process, of so many on this machine. Raises ConfigError, in all its processes, if they would have to share
+    them and NCCL carries the messages: it refuses that."""
+    here = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if config.runtime.transport == "device" and here > gpus:
+        raise ConfigError(
+            f"runtime.transport: device: {here} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}; must be host where "
+            "processes share a GPU; or start as many as there are, or hide them (CUDA_VISIBLE_DEVICES=)"
+        )
+    return int(environment["LOCAL_RANK"]) % gpus
 
 
 def train(config: Config, progress: Progress) -> None:

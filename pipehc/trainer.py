@@ -97,12 +97,14 @@ class Trainer:
             self._gain = CompositeGain(connections, 2 * config.model.blocks, residual.streams)
         self.feedback = GainFeedback(residual.target_gain, residual.gain_power, residual.smallest_s)
         timeout_s = config.runtime.timeout_s
-        messages = edge_groups(pipelines, edges, timeout_s, self.device, config.runtime.message_blocks)
-        connect(messages, self.device)
+        transport = config.runtime.transport
+        carried = torch.device("cpu") if transport == "host" else self.device
+        messages = edge_groups(pipelines, edges, timeout_s, carried, config.runtime.message_blocks)
+        connect(messages, carried)
         self.samples_seen = 0  # of the training split; where the next step goes on, whatever the batch size was before
         self._saved: dict[int, SavedBytes] | None = None  # by stage, as counted in the first step
         self.observers: list[Observer] = []  # of every instruction, in training and evaluation
-        self.mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, timeout_s)
+        self.mailbox = Mailbox(messages, shape, DTYPES[train.precision], self.device, timeout_s, transport=transport)
 
     def step(self, step: int, split: Split, sampler: Sampler) -> StepResult:
         """Trains on the next samples, as step `step` (from 1). Raises TrainingError, on every rank and before any weight changes,

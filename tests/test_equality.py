@@ -1,7 +1,10 @@
 """Every schedule, layout and residual computes what one process computes: loss, gradient norm and every parameter's gradient."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
 from processes import run_ranks
 
 from pipehc.config.loading import load_config
@@ -249,6 +252,34 @@ def test_overlap_and_recomputation_change_no_bit_whatever_else_is_set(tiny, layo
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
 def test_equals_one_process_with_data_parallelism(tiny, reference, name):
     check_layout(tiny, reference("mhc"), 8, f"schedule.name={name}", "parallel.pp=2", "parallel.ep=2", "parallel.dp=4")
+
+
+def one_step_through_host_memory(rank, path, overrides, store):
+    from pipehc.comm.host_group import HOST, register
+
+    register()
+    size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(HOST, store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+    return one_step(rank, path, [*overrides, "runtime.transport=host"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes"),
+    [
+        ("schedule.name=dualpipe parallel.ep=2", 4),
+        pytest.param("schedule.name=dualpipe train.precision=bf16 runtime.bucket_size=3000", 4, marks=pytest.mark.slow),
+        pytest.param("schedule.name=1f1b residual.kind=harmonized", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_host_transport_changes_no_bit(tiny, tmp_path, layout, processes):
+    """Neither of messages and all-to-alls nor of sums over replicas, the optimizer's gathers and the gain."""
+    overrides = [*layout.split(), "parallel.pp=2", "recompute.enabled=true"]
+    device = run_ranks(one_step, processes, tiny, overrides, timeout=240)
+    host = run_ranks(one_step_through_host_memory, processes, tiny, overrides, tmp_path / "store", init=False, timeout=240)
+    for expected, found in zip(device, host):
+        assert found[:4] == expected[:4] and found[6:] == expected[6:]
+        for values, own in ((expected[4], found[4]), (expected[5], found[5])):
+            assert values and own.keys() == values.keys() and all(torch.equal(own[name], value) for name, value in values.items())
 
 
 @pytest.mark.slow

@@ -12,6 +12,9 @@ import psutil
 import pytest
 import yaml
 
+from pipehc.config.loading import ConfigError, load_config
+from pipehc.train import own_gpu
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TINY = {
@@ -78,7 +81,8 @@ def losses(folder):
 
 
 def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
-    """One uninterrupted run; one stopped half-way and resumed: equal bits. Its checkpoint then goes on in two other layouts."""
+    """One uninterrupted run; one stopped half-way and resumed, through host memory: equal bits. Its checkpoint goes on in two other
+    layouts."""
     config = write()
     whole = train(config, f"run.folder={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -91,7 +95,7 @@ def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
 
     part = tmp_path / "part"
     assert train(config, f"run.folder={part}", "train.steps=4", "optimizer.decay=[]").returncode == 0
-    resumed = train(config, f"run.folder={part}")
+    resumed = train(config, f"run.folder={part}", "runtime.transport=host")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "going on after step 4" in resumed.stdout
     assert losses(part) == losses(tmp_path / "whole")
@@ -280,6 +284,18 @@ def test_broken_configurations_on_several_processes(write, overrides, said):
     assert ours.count("configuration error") == 1 and said in ours, result.stderr
     assert "Traceback" not in ours, ours
     assert "exitcode  : 2" in result.stderr, result.stderr
+
+
+def test_processes_share_a_gpu_only_where_messages_go_through_host_memory(write):
+    config = load_config(write())
+    host = load_config(write(), ["runtime.transport=host"])
+    ranks = [{"LOCAL_RANK": str(k), "LOCAL_WORLD_SIZE": "4"} for k in range(4)]
+    assert [own_gpu(config, rank, 4) for rank in ranks] == [0, 1, 2, 3]
+    assert [own_gpu(host, rank, 1) for rank in ranks] == [0] * 4 and [own_gpu(host, rank, 3) for rank in ranks] == [0, 1, 2, 0]
+    for rank in ranks:  # all of them: those with a GPU would wait for the others
+        with pytest.raises(ConfigError, match=r"runtime.transport: device: 4 processes on a machine with 1 GPU; must be host"):
+            own_gpu(config, rank, 1)
+    assert own_gpu(config, {"LOCAL_RANK": "0"}, 1) == 0  # without torchrun
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(write, tmp_path):

@@ -47,7 +47,7 @@ _EFFECTS = {
     "evaluation": {Effect.TRAINING: "samples", Effect.NONE: "interval"},
     "checkpoint": {Effect.NONE: "interval keep resume weights allow_changes"},
     "run": {Effect.NONE: "folder log_interval tensorboard"},
-    "runtime": {Effect.NONE: "timeout_s overlap bucket_size message_blocks all_to_all_blocks"},
+    "runtime": {Effect.NONE: "timeout_s overlap bucket_size message_blocks all_to_all_blocks transport"},
     "trace": {Effect.NONE: "steps nvtx"},
 }
 EFFECTS: dict[str, Effect] = {

@@ -190,6 +190,7 @@ class RuntimeConfig(Section):
     bucket_size: Size = 40_000_000  # gradients that are summed over the replicas together
     message_blocks: Blocks | None = None  # None: as comm/budgets.py says, or the environment
     all_to_all_blocks: Blocks | None = None
+    transport: Literal["device", "host"] = "device"  # host: all that ranks exchange goes through host memory
 
 
 class TraceConfig(Section):

@@ -19,7 +19,7 @@ from pipehc.model.stage import NodeWatch
 from pipehc.schedules.program import Instruction, Message, Program, Run, Wait
 from pipehc.schedules.recording import Recording, merge
 from pipehc.schedules.spans import Span
-from pipehc.watch.clock import DeviceClock, clock_of
+from pipehc.watch.clock import clock_of
 
 
 @runtime_checkable
@@ -101,7 +101,7 @@ class Recorder:
     @contextmanager
     def attached(self, mailbox: Mailbox) -> Iterator[None]:
         """In this block the transfers of `mailbox` are recorded."""
-        mailbox.tracker = self._track
+        mailbox.tracker = lambda message, kind, work: self._track(message, kind, work, mailbox.host_waits)
         try:
             yield
         finally:
@@ -128,13 +128,13 @@ class Recorder:
             spans.append(Span(self._rank, queue, ms(start), ms(done.result()), f"{m.kind} {m.stage}.{m.microbatch}", *m[:4]))
         return spans
 
-    def _track(self, message: tuple, kind: Literal["send", "recv"], work: dist.Work) -> dist.Work:
+    def _track(self, message: tuple, kind: Literal["send", "recv"], work: dist.Work, host_waits: bool = False) -> dist.Work:
         """Notes when a transfer ends. gloo tells only who waits for it: a thread per edge and direction does, in order."""
         key = (kind, *message[4:6])
         waiter = self._waiters.setdefault(key, ThreadPoolExecutor(1, thread_name_prefix="trace"))
         done: Future[Any] = waiter.submit(self._clock.after, work, key)
         self._messages.append((kind, message, self._clock.now(), done))  # type: ignore[arg-type]
-        return work if isinstance(self._clock, DeviceClock) else _Tracked(done)  # type: ignore[return-value]
+        return _Tracked(done) if host_waits else work  # type: ignore[return-value]
 
 
 class _Tracked:

@@ -25,15 +25,17 @@ class CountingMailbox(Mailbox):
     """Knows how many buffers it has, and how many sends it kept at the same time."""
 
     most_sends = 0
-    in_buffers = 0  # messages that came into one
+    direct = 0  # messages that did not go through host memory
 
     @property
     def buffers(self):
         return len(self._buffers)
 
     def wait(self, message):
+        slot, pending = self._received[message]
+        self.direct += pending.tensor is self._buffers[slot]
         tensor = super().wait(message)
-        self.in_buffers += tensor.untyped_storage()._cdata in self._storages
+        assert tensor.untyped_storage()._cdata == self._buffers[slot].untyped_storage()._cdata
         return tensor
 
     def send(self, *args):
@@ -45,14 +47,14 @@ def on_this_rank(slots, position):
     return sum(count for edge, count in slots.items() if edge[position] == dist.get_rank())
 
 
-def buffers_of_runs(rank, name):
+def buffers_of_runs(rank, name, transport="device"):
     """(receive buffers, tensors kept for sending) after a step of each size, through one mailbox a size."""
     found = []
     for microbatches in MICROBATCHES:
         program = compile(build(name, RANKS, microbatches))
         placement = program.schedule.placement
         groups = edge_groups([list(range(RANKS))], program.edges())
-        mailbox = CountingMailbox(groups, (ROWS, WIDTH), torch.float64, timeout_s=30)
+        mailbox = CountingMailbox(groups, (ROWS, WIDTH), torch.float64, timeout_s=30, transport=transport)
         for _ in range(2):  # the second step takes the buffers of the first
             stages = {key: ToyStage(key[1], placement.stages) for key in placement.held(rank)}
             execute(program.instructions[rank], placement, stages, mailbox)
@@ -62,6 +64,7 @@ def buffers_of_runs(rank, name):
                     assert torch.allclose(own.grad, expected[stage].grad, rtol=1e-12)
         assert mailbox.buffers == on_this_rank(program.receive_slots(), 1)
         assert mailbox.most_sends <= on_this_rank(program.send_slots(), 0)
+        assert (mailbox.direct == 0) == (transport == "host")
         found.append((mailbox.buffers, mailbox.most_sends))
     return found
 
@@ -71,6 +74,11 @@ def test_live_buffers_do_not_grow_with_the_number_of_microbatches(name):
     for found in run_ranks(buffers_of_runs, RANKS, name):
         received, sent = zip(*found)
         assert received[1] == received[2] > 0 and max(sent) <= 12
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "zbv"])
+def test_all_messages_may_go_through_host_memory(name):
+    run_ranks(buffers_of_runs, RANKS, name, "host")
 
 
 def test_what_was_received_may_be_sent_on_while_its_buffer_is_used_again():
@@ -125,30 +133,29 @@ def test_slots_in_use_are_refused():
 
 
 def through_host_first(rank):
-    """(messages in buffers, is the result right) after each of three steps and an evaluation, and what a tracker saw."""
-    found, tracked = [], []
+    """(messages that went directly, is the result right) after each of three steps and an evaluation."""
+    found = []
     programs = [compile(build("1f1b", 2, 6)), compile(build("1f1b", 2, 6, forward=True))]
     groups = edge_groups([[0, 1]], programs[0].edges())
     mailbox = CountingMailbox(groups, (ROWS, WIDTH), torch.float64, timeout_s=30, first_through_host=True)
-    mailbox.tracker = lambda message, kind, work: tracked.append(len(found)) or work
     expected = reference(2, 6)[rank].grad
     made = 0
     for program in (programs[0], programs[0], programs[1], programs[0]):
         made = max(made, on_this_rank(program.receive_slots(), 1))
         forward = program.schedule.forward_only
-        stage, mailbox.in_buffers = ToyStage(rank, 2), 0
+        stage, mailbox.direct = ToyStage(rank, 2), 0
         mailbox.begin(forward)
         execute(program.instructions[rank], program.schedule.placement, {(0, rank): stage}, mailbox)
         right = torch.allclose(stage.grad, torch.zeros_like(expected) if forward else expected, rtol=1e-12)
-        found.append((mailbox.in_buffers, right))
+        found.append((mailbox.direct, right))
         assert mailbox.buffers == made  # from the first step of a kind on
-    return found, sorted(set(tracked))
+        assert bool(mailbox._on_host._sent or mailbox._on_host._received) == (len(found) in (1, 3))  # not kept longer
+    return found
 
 
 def test_the_first_step_of_a_kind_may_go_through_host_memory():
     first, second = run_ranks(through_host_first, 2)
-    assert first == ([(0, True), (6, True), (0, True), (6, True)], [1, 3])  # gradients
-    assert second == ([(0, True), (6, True), (0, True), (6, True)], [1, 3])  # activations
+    assert first == second == [(0, True), (6, True), (0, True), (6, True)]  # gradients, activations
 
 
 class Place:
@@ -196,7 +203,8 @@ def test_groups_of_cuda_have_few_blocks_a_high_priority_and_a_way_through_host_m
     monkeypatch.setenv("PIPEHC_MESSAGE_BLOCKS", "2")
     edge_groups([[0, 1]], [(0, 1)], 7.0, "cuda")
     (ranks, first), (_, second), (_, on_cpu), *others = made
-    assert ranks == [0, 1] and first["backend"] == "cpu:gloo,cuda:nccl" and on_cpu["backend"] is None is on_cpu["pg_options"]
+    assert ranks == [0, 1] and first["backend"] == "cpu:gloo,cuda:nccl"
+    assert on_cpu["backend"] == "gloo" and on_cpu["pg_options"] is None
     options = first["pg_options"]
     assert options is not second["pg_options"]  # torch writes the group's name into them
     assert options.is_high_priority_stream and options.config.max_ctas == 4

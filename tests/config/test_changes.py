@@ -32,8 +32,8 @@ def test_another_model(change: str) -> None:
 
 @pytest.mark.parametrize("change", [
     "parallel.pp=2", "parallel.dp=1", "schedule.name=dualpipev", "recompute.enabled=false", "train.micro_batch=2",
-    "evaluation.interval=5", "checkpoint.interval=3", "run.folder=elsewhere", "runtime.overlap=false", "trace.nvtx=true",
-    "model.init_std=0.5", "residual.alpha=0.5", "search.f=2", "checkpoint.resume=never",
+    "evaluation.interval=5", "checkpoint.interval=3", "run.folder=elsewhere", "runtime.overlap=false", "runtime.transport=host",
+    "trace.nvtx=true", "model.init_std=0.5", "residual.alpha=0.5", "search.f=2", "checkpoint.resume=never",
     # used by no hyper-connection of this kind
     "residual.condition=10", "residual.target_gain=3", "residual.smallest_s=0.5",
 ])  # fmt: skip

@@ -62,6 +62,7 @@ BROKEN: list[tuple[str, list[str]]] = [
     ("checkpoint.keep=0", ["checkpoint.keep", "0", "greater than 0"]),
     ("evaluation.interval=-5", ["evaluation.interval", "-5", "at least 0"]),
     ("runtime.timeout_s=0", ["runtime.timeout_s", "0", "greater than 0"]),
+    ("runtime.transport=nccl", ["runtime.transport", "'nccl'", "'device' or 'host'"]),
     ("runtime.overlap=1", ["runtime.overlap", "true or false"]),
     ("trace.steps=[5, 4]", ["trace.steps", "[5, 4]", "must not be after"]),
     ("trace.steps=[0, 4]", ["trace.steps[0]", "0", "greater than 0"]),

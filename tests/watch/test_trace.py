@@ -45,12 +45,12 @@ class Sleeping:
         time.sleep(W)
 
 
-def record(rank, folder, name, recompute, ranks=2, microbatches=4):
+def record(rank, folder, name, recompute, ranks=2, microbatches=4, transport="device"):
     program = compile(build(name, ranks, microbatches), recompute=recompute)
     placement = program.schedule.placement
     last = placement.stages - 1
     stages = {key: Sleeping(key[1] == 0, key[1] == last) for key in placement.held(rank)}
-    mailbox = Mailbox(edge_groups([list(range(ranks))], program.edges()), (4,), torch.float32, timeout_s=30)
+    mailbox = Mailbox(edge_groups([list(range(ranks))], program.edges()), (4,), torch.float32, timeout_s=30, transport=transport)
     recorder = Recorder(rank, torch.device("cpu"), {})
     dist.barrier()
     with recorder.attached(mailbox):
@@ -60,9 +60,9 @@ def record(rank, folder, name, recompute, ranks=2, microbatches=4):
     execute(program.instructions[rank], placement, stages, mailbox)  # and without it, as before
 
 
-@pytest.mark.parametrize(("name", "recompute"), [("1f1b", False), ("dualpipe", True)])
-def test_records_every_action_and_message_where_it_was(tmp_path, name, recompute):
-    run_ranks(record, 2, tmp_path / "trace", name, recompute)
+@pytest.mark.parametrize(("name", "recompute", "transport"), [("1f1b", False, "device"), ("dualpipe", True, "host")])
+def test_records_every_action_and_message_where_it_was(tmp_path, name, recompute, transport):
+    run_ranks(record, 2, tmp_path / "trace", name, recompute, 2, 4, transport)
     recording = Recording.load(tmp_path / "trace" / "step-000007.json")
     assert "step 7" in recording.title
     assert (recording.step, recording.pipeline, recording.device) == (7, 0, "cpu")

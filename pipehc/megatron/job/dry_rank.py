@@ -299,7 +299,7 @@ class DryForwardBackward(ForwardBackward):
 
     stage_type = _Stage
 
-    def __init__(self, dry: _Rank, source: Any, recompute: bool, block: int | None, overlap: bool, tracing: Any, hang: Any) -> None:
+    def __init__(self, dry: _Rank, source: Any, recompute: bool, block: int | None, overlap: bool, tracing: Any, *_: Any) -> None:
         self.search: Searched | None = None
         if isinstance(source, Searched) and dry.schedule is None and source.costs is None:
             self.search = source

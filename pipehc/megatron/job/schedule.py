@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from pipehc.comm.environment import overlap_warnings
 from pipehc.comm.groups import Edge, edge_groups, neighbours_of
 from pipehc.comm.handshake import compare_neighbours, connect, digest
-from pipehc.comm.messages import Mailbox
+from pipehc.comm.messages import Mailbox, Transport
 from pipehc.comm.queues import make_queues
 from pipehc.megatron.buckets import BucketReduction
 from pipehc.megatron.job.announcement import Setup, announce
@@ -55,6 +55,7 @@ def forward_backward_func(
     recompute: bool = True,
     recompute_block: int | None = None,
     overlap: bool = True,
+    transport: Transport = "device",
     timeout_s: float = 600.0,
     trace_steps: tuple[int, int] | None = None,
     trace_folder: str = "pipehc_trace",
@@ -73,6 +74,8 @@ def forward_backward_func(
         recompute: drop after the forward what hyper-connections can rebuild, and rebuild it before the gradient arrives.
         recompute_block: sub-layers of a recompute block; None: all of a chunk.
         overlap: interleave the two halves of an overlapped pair, node by node.
+        transport: "host" carries stage messages over gloo through pinned host memory, slowly, to tell whether NCCL is at fault; the
+            job's own groups stay as they are.
         timeout_s: how long a rank waits inside a step, for a stage message or anything else of other ranks, before it fails.
             Computing does not count.
         watchdog_folder: a rank that fails inside a step writes there what it waited for, its last 200 instructions and its stacks.
@@ -88,13 +91,15 @@ def forward_backward_func(
             for model, configuration or arguments that it cannot run.
     """
     run = {
-        "recompute": recompute, "recompute_block": recompute_block, "overlap": overlap, "timeout_s": timeout_s,
-        "trace_steps": trace_steps, "trace_folder": trace_folder, "watchdog_folder": watchdog_folder, "nvtx": nvtx,
+        "recompute": recompute, "recompute_block": recompute_block, "overlap": overlap, "transport": transport,
+        "timeout_s": timeout_s, "trace_steps": trace_steps, "trace_folder": trace_folder, "watchdog_folder": watchdog_folder,
+        "nvtx": nvtx,
     }  # fmt: skip
     defaults = forward_backward_func.__kwdefaults__ or {}
     refuse_unknown_options(schedule, {name: value for name, value in run.items() if value != defaults[name]} | search)
     if schedule == "megatron":
         return MegatronsOwn()
+    refuse_unless(transport in ("device", "host"), "transport", transport, "device or host")
     refuse_unless(is_positive(timeout_s), "timeout_s", timeout_s, "more than 0 seconds")
     block = recompute_block is None or is_whole(recompute_block, 1)
     refuse_unless(block, "recompute_block", recompute_block, "at least 1, or None for all sub-layers of a chunk")
@@ -108,7 +113,7 @@ def forward_backward_func(
     refuse_unless(not nvtx or available(), "nvtx", nvtx, "False where the package nvtx (0.2.12 or newer) is not installed")
     tracing = Tracing(trace_steps, Path(trace_folder), nvtx)
     hang = HangReport(timeout_s, Path(watchdog_folder))
-    return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, tracing, hang)
+    return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, tracing, hang, transport)
 
 
 class ForwardBackward:
@@ -127,7 +132,9 @@ class ForwardBackward:
         overlap: bool,
         tracing: Tracing,
         hang: HangReport,
+        transport: Transport = "device",
     ) -> None:
+        self._transport: Transport = transport
         self.source, self._tracing, self._hang = source, tracing, hang
         self._recompute, self._block, self._overlap = recompute, recompute_block, overlap
         self._chains: dict[nn.Module, Chain] = {}
@@ -295,6 +302,11 @@ class ForwardBackward:
     def _queues(self) -> Any:
         return make_queues(self._device)
 
+    @property
+    def _carried(self) -> torch.device:
+        """Where stage messages lie when they are sent."""
+        return torch.device("cpu") if self._transport == "host" else self._device
+
     def _program(self, ranks: int, microbatches: int, forward_only: bool) -> Program:
         key = microbatches, forward_only
         if key not in self._programs:
@@ -317,9 +329,12 @@ class ForwardBackward:
         if (shape, dtype) not in self._mailboxes:
             compare_neighbours({"stage message": f"{shape} {dtype}"}, self._neighbours)
             if self._groups:
-                carrier = "NCCL, in the first step through host memory" if self._device.type == "cuda" else "gloo"
+                carrier = "NCCL, in the first step through host memory" if self._carried.type == "cuda" else "gloo"
+                carrier += ", through host memory (transport = 'host')" * (self._transport == "host")
                 self._message = f"stage messages {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')} over {carrier}"
-            self._mailboxes[shape, dtype] = Mailbox(self._groups, shape, dtype, self._device, self._hang.timeout_s)
+            self._mailboxes[shape, dtype] = Mailbox(
+                self._groups, shape, dtype, self._device, self._hang.timeout_s, transport=self._transport
+            )
         return self._mailboxes[shape, dtype]
 
     def _connect(self, placement: Placement, facts: Mapping[str, object]) -> None:
@@ -336,8 +351,8 @@ class ForwardBackward:
         edges = sorted(there | {(b, a) for a, b in there})
         self._neighbours = neighbours_of(dist.get_rank(), self._pipelines, edges)
         compare_neighbours(facts, self._neighbours)
-        self._groups = edge_groups(self._pipelines, edges, self._hang.timeout_s, self._device)
-        connect(self._groups, self._device)
+        self._groups = edge_groups(self._pipelines, edges, self._hang.timeout_s, self._carried)
+        connect(self._groups, self._carried)
         if dist.get_rank() == 0:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             for text in overlap_warnings(os.environ, ranks_here, os.cpu_count() or 1, self._device.type == "cuda"):

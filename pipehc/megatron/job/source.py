@@ -15,7 +15,7 @@ from pipehc.schedules.placement import looped
 
 SEARCH_OPTIONS = ("costs", "gpu", "placement", "max_live", "time_limit", "seed")
 RUN_OPTIONS = (
-    "recompute", "recompute_block", "overlap", "timeout_s", "trace_steps", "trace_folder", "watchdog_folder", "nvtx",
+    "recompute", "recompute_block", "overlap", "transport", "timeout_s", "trace_steps", "trace_folder", "watchdog_folder", "nvtx",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pipehc.comm.budgets import ALL_TO_ALL_BLOCKS, blocks
+from pipehc.comm.host_group import HOST
 from pipehc.megatron import cpu
 from pipehc.megatron.versions import check_trainer_version
 
@@ -97,8 +98,8 @@ def build_groups(pp: int, tp: int, ep: int, replicated: bool, all_to_all_blocks:
 
 @contextmanager
 def _nccl_settings(all_to_all_blocks: int | None) -> Iterator[str | None]:
-    """Path of a file with what NCCL is to know of Megatron's groups; None without CUDA."""
-    if not torch.cuda.is_available():
+    """Path of a file with what NCCL is to know of Megatron's groups; None where it carries nothing."""
+    if not torch.cuda.is_available() or dist.get_backend() == HOST:
         yield None
         return
     # NCCL's kernels run on the group's stream, not on ours: all-to-alls must not queue behind the computation that hides them.

@@ -49,8 +49,10 @@ class EmulatedTrainer(Trainer):
 
 
 def emulated(rank: int, world_size: int, port: int) -> None:
-    """Makes the default group an emulated one."""
+    """Makes the default group, and all others, emulated ones."""
     groups.register()
+    new_group = dist.new_group
+    dist.new_group = lambda *given, **named: new_group(*given, **named | {"backend": "emulated"})
     address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=120)
     dist.init_process_group("emulated", rank=rank, world_size=world_size, init_method=address, timeout=limit)
 

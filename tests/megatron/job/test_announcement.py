@@ -76,7 +76,7 @@ def test_what_a_search_found_and_from_which_costs():
 def first_step(rank, folder):
     """What two steps and an evaluation print, and the steps that were recorded."""
     printed = io.StringIO()
-    run = {"trace_steps": (7, 7), "trace_folder": folder, "watchdog_folder": "w"}
+    run = {"trace_steps": (7, 7), "trace_folder": folder, "watchdog_folder": "w", "transport": "host"}
     job = Job("dualpipe", pp=2, layers=2, residual="mhc", run=run)
     machine = rerun_state_machine.get_rerun_state_machine()
     machine.current_iteration = 5  # the loop has resumed after five steps
@@ -93,7 +93,8 @@ def test_the_first_step_says_it_once_on_rank_0(tmp_path):
     evaluation, training = first.splitlines()
     assert evaluation.startswith("pipehc: on; evaluation under schedule dualpipe, 2 stages") and second == ""
     assert training.startswith("pipehc: on; schedule dualpipe, 2 stages in two directions over 2 ranks, 4 micro-batches a step; ")
-    assert "residual mhc, 4 streams; " in training and "; stage messages 32 x 2 x 256 float32 over gloo; " in training
+    assert "residual mhc, 4 streams; " in training
+    assert "; stage messages 32 x 2 x 256 float32 over gloo, through host memory (transport = 'host'); " in training
     assert f"traces of iterations 7 to 7 in {tmp_path}/" in training and training.endswith(". Off: profiler ranges (nvtx)")
     assert [path.name for path in tmp_path.iterdir()] == ["step-000007.json"]
 

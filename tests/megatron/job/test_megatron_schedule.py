@@ -72,6 +72,7 @@ SLOW = [
     (4, {"schedule": "dualpipe", "pp": 2, "cp": 2, "ep": 2, **SHARDED}),
     (8, {"schedule": "dualpipe", "pp": 2, "tp": 2, "ep": 2, **SHARDED}),
     (4, {"schedule": "dualpipe", "pp": 4, "run": {"overlap": False, "recompute": False}}),
+    (4, {"schedule": "dualpipe", "pp": 4, "run": {"transport": "host"}}),
     (4, {"schedule": build("dualpipe", 4, 8), "pp": 4, "run": {"recompute_block": 1}}),
     (2, {"schedule": "1f1b", "pp": 2, "options": {"num_layers_in_first_pipeline_stage": 3}}),
     (2, {"schedule": "dualpipe", "pp": 2, "options": {"num_layers_in_first_pipeline_stage": 3}}),

@@ -20,7 +20,7 @@ from pipehc.schedules import Costs, build
 
 OURS = dict(
     recompute=True, recompute_block=2, overlap=False, timeout_s=600.0, trace_steps=(1, 2), trace_folder="here", nvtx=True,
-    watchdog_folder="here",
+    watchdog_folder="here", transport="host",
 )  # fmt: skip
 ARGUMENTS = [
     (dict(schedule="zigzag"), r"schedule = 'zigzag': must be megatron, auto, gpipe, 1f1b"),
@@ -53,6 +53,7 @@ ARGUMENTS = [
     (dict(trace_folder=None), "trace_folder = None: must be a path"),
     (dict(watchdog_folder=3), "watchdog_folder = 3: must be a path"),
     (dict(recompute_block="2"), "recompute_block = '2': must be at least 1"),
+    (dict(transport="nccl"), "transport = 'nccl': must be device or host"),
     (dict(timeout_s="600"), "timeout_s = '600': must be more than 0"),
     (dict(timeout_s=float("nan")), "timeout_s = nan: must be more than 0"),
     (dict(residual=3), "residual = 3: must be a kind, a mapping"),
