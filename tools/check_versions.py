@@ -120,7 +120,8 @@ def _inside(row: Row, python: Path, home: Path, what: str, *more: str) -> Any:
 
 def _tests(row: Row, python: Path, home: Path, arguments: list[str]) -> None:
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", *arguments]
-    done = subprocess.run(command, env=clean_variables(home), cwd=ROOT, capture_output=True, text=True)
+    wide = clean_variables(home, COLUMNS="250")  # pytest cuts what it says about a failure to the width of the terminal
+    done = subprocess.run(command, env=wide, cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     (home / "tests.log").write_text(done.stdout + done.stderr)
     last = lines[-1].strip("= ") if lines else f"exit code {done.returncode}"
