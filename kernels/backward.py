@@ -79,7 +79,8 @@ def mapping_backward_kernel(
     number = None
     if scalar is not None:
         number = tl.load(scalar)
-    for block in range(BLOCKS):
+    # What does not change between blocks is computed anew: held over all that is in here, it would not fit into registers.
+    for block in tl.range(BLOCKS, disable_licm=True):
         token = (group * BLOCKS + block) * BT
         if (f is not None) or (d_y is not None):
             store_channel_sums(x, d_y, d_x_next, f, d_maps, token, T, C, n, BT, BC)

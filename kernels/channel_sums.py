@@ -22,8 +22,11 @@ def store_channel_sums(
     """To `out` [T, K]: d_y . x_j, d_x'_i . f and d_x'_i . x_j, those whose inputs are not None."""
     K: tl.constexpr = n * n + 2 * n
     ALL: tl.constexpr = triton.next_power_of_2(K)
-    x, d_x_next = at_token(x, token, n * C), at_token(d_x_next, token, n * C)
-    f, d_y, out = at_token(f, token, C), at_token(d_y, token, C), at_token(out, token, K)
+    x, out = at_token(x, token, n * C), at_token(out, token, K)
+    if f is not None:
+        f, d_x_next = at_token(f, token, C), at_token(d_x_next, token, n * C)
+    if d_y is not None:
+        d_y = at_token(d_y, token, C)
     t = tl.arange(0, BT)[:, None]
     tokens = t < T - token
     res_sums = zeros(n * n if f is not None else 0, BT, BC // 8)

@@ -101,9 +101,12 @@ def mapping_kernel(
     N: tl.constexpr = triton.next_power_of_2(n)
     GROUPS: tl.constexpr = n if PER_STREAM else 1
     token = tl.program_id(0) * BT
-    x, x_next = at_token(x, token, n * C), at_token(x_next, token, n * C)
-    f, y = at_token(f, token, C), at_token(y, token, C)
-    h_post, h_res = at_token(h_post, token, n), at_token(h_res, token, n * n)
+    x = at_token(x, token, n * C)
+    if x_next is not None:
+        x_next, f = at_token(x_next, token, n * C), at_token(f, token, C)
+        h_post, h_res = at_token(h_post, token, n), at_token(h_res, token, n * n)
+    if y is not None:
+        y = at_token(y, token, C)
     pre_out, post_out, res_out = at_token(pre_out, token, n), at_token(post_out, token, n), at_token(res_out, token, n * n)
     product, inverse_rms = at_token(product, token, K), at_token(inverse_rms, token, GROUPS)
     rows = tl.arange(0, BT)

@@ -1,7 +1,8 @@
-"""Repairs of Triton's interpreter, so that bf16 gives there what it gives on a GPU (Triton 3.8.0).
+"""Repairs of Triton's interpreter (3.5 to 3.9), so that bf16 gives there what it gives on a GPU.
 
 As shipped, `tl.dot` multiplies the 16-bit patterns of bf16 operands as if they were integers, and conversion of fp32 to bf16
-truncates where the hardware rounds to nearest even.
+truncates where the hardware rounds to nearest even. And up to Triton 3.6 no number can bound a loop under NumPy 2.5, which no
+longer takes an array of one element for a number.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from numpy.typing import NDArray
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -27,10 +29,12 @@ def fp32_to_bf16(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def repair() -> None:
-    """Replace the interpreter's product and its conversions between fp32 and bf16. Calling it again changes nothing."""
+    """Replace the interpreter's product, its conversions between fp32 and bf16, and that of a tensor to a number in Python. Calling
+    it again changes nothing."""
     if getattr(InterpreterBuilder.create_dot, "repaired", False):
         return
     shipped_cast, shipped_convert = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    shipped_patch = interpreter._patch_lang_tensor
 
     def value(handle: Any) -> NDArray[Any]:
         return bf16_to_fp32(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
@@ -55,7 +59,12 @@ def repair() -> None:
         converted = bf16_conversion(src, dst_type)
         return shipped_convert(self, src, dst_type, rounding_mode) if converted is None else converted
 
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        shipped_patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
     create_dot.repaired = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    interpreter._patch_lang_tensor = patch_lang_tensor

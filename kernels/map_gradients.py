@@ -8,19 +8,19 @@ from pipehc.kernels.tiles import at_token
 
 
 @triton.jit
-def map_gradient(sums, direct, rows, here, part: tl.constexpr, n: tl.constexpr, N: tl.constexpr):
+def map_gradient(sums, direct, token, rows, here, part: tl.constexpr, n: tl.constexpr, N: tl.constexpr):
     """Gradient of a map: the sums over channels, and what reached it by itself, either of them None."""
     BT: tl.constexpr = rows.shape[0]
     if part < 2:
         total = tl.zeros([BT, N], tl.float32)
         if direct is not None:
-            total += load_vector(direct, rows, here, n, n, N)
+            total += load_vector(at_token(direct, token, n), rows, here, n, n, N)
     else:
         total = tl.zeros([BT, N, N], tl.float32)
         if direct is not None:
-            total += load_matrix(direct, rows, here, n * n, n, N)
+            total += load_matrix(at_token(direct, token, n * n), rows, here, n * n, n, N)
     if sums is not None:
-        total += load_part(sums, rows, here, part, n, N)
+        total += load_part(at_token(sums, token, n * n + 2 * n), rows, here, part, n, N)
     return total
 
 
@@ -102,8 +102,6 @@ def store_map_gradients(
     N: tl.constexpr = triton.next_power_of_2(n)
     GROUPS: tl.constexpr = n if PER_STREAM else 1
     G: tl.constexpr = N if PER_STREAM else 1
-    pre_sums, other_sums = at_token(pre_sums, token, K), at_token(other_sums, token, K)
-    d_pre, d_post, d_res = at_token(d_pre, token, n), at_token(d_post, token, n), at_token(d_res, token, n * n)
     product, d_logits, d_product = at_token(product, token, K), at_token(d_logits, token, K), at_token(d_product, token, K)
     inverse_rms, shrinks = at_token(inverse_rms, token, GROUPS), at_token(shrinks, token, GROUPS)
     rows = tl.arange(0, BT)
@@ -112,7 +110,7 @@ def store_map_gradients(
     pull = tl.zeros([BT, G], tl.float32)
     for part in tl.static_range(3):
         direct = d_pre if part == 0 else (d_post if part == 1 else d_res)
-        grad = map_gradient(pre_sums if part == 0 else other_sums, direct, rows, here, part, n, N)
+        grad = map_gradient(pre_sums if part == 0 else other_sums, direct, token, rows, here, part, n, N)
         one, by_number = map_backward(
             grad,
             product,

@@ -63,7 +63,7 @@ def store_small_share(
     """To `share` [2 K + 1]: the gradients of bias, those of alpha by entry, that of the scalar (0 if d_scalar is None)."""
     K: tl.constexpr = n * n + 2 * n
     ALL: tl.constexpr = triton.next_power_of_2(K)
-    product, d_logits, d_scalar = at_token(product, token, K), at_token(d_logits, token, K), at_token(d_scalar, token, 1)
+    product, d_logits = at_token(product, token, K), at_token(d_logits, token, K)
     k = tl.arange(0, ALL)
     grad_bias = tl.zeros([BT, ALL], tl.float32)
     grad_alpha = tl.zeros([BT, ALL], tl.float32)
@@ -76,7 +76,7 @@ def store_small_share(
         grad_bias += grad
         grad_alpha += grad * (tanh(u) if PER_STREAM else u)
         if d_scalar is not None:
-            grad_number += tl.load(d_scalar + t, mask=t < T - token, other=0.0)
+            grad_number += tl.load(at_token(d_scalar, token, 1) + t, mask=t < T - token, other=0.0)
     tl.store(share + k, tl.sum(grad_bias, 0), mask=k < K)
     tl.store(share + K + k, tl.sum(grad_alpha, 0), mask=k < K)
     tl.store(share + 2 * K, tl.sum(tl.sum(grad_number, 1), 0))

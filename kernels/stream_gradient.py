@@ -36,9 +36,14 @@ def store_stream_gradient(
     K: tl.constexpr = n * n + 2 * n
     GROUPS: tl.constexpr = n if PER_STREAM else 1
     x, d_x = at_token(x, token, n * C), at_token(d_x, token, n * C)
-    d_x_next, d_x_direct = at_token(d_x_next, token, n * C), at_token(d_x_direct, token, n * C)
-    d_y, d_f_before = at_token(d_y, token, C), at_token(d_f_before, token, C)
-    h_pre, h_post_before, h_res = at_token(h_pre, token, n), at_token(h_post_before, token, n), at_token(h_res, token, n * n)
+    if d_y is not None:
+        d_y, h_pre = at_token(d_y, token, C), at_token(h_pre, token, n)
+    if d_x_next is not None:
+        d_x_next, h_res = at_token(d_x_next, token, n * C), at_token(h_res, token, n * n)
+    if d_x_direct is not None:
+        d_x_direct = at_token(d_x_direct, token, n * C)
+    if h_post_before is not None:
+        h_post_before, d_f_before = at_token(h_post_before, token, n), at_token(d_f_before, token, C)
     d_product, shrinks = at_token(d_product, token, K), at_token(shrinks, token, GROUPS)
     t = tl.arange(0, BT)[:, None]
     tokens = t < T - token

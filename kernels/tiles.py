@@ -10,10 +10,10 @@ MAX_REGISTERS = 128
 
 @triton.jit
 def at_token(pointer, token, width):
-    """The pointer moved to a token's row. 64 bits are needed for this step alone: what a program adds to it fits into 32."""
-    if pointer is not None:
-        pointer += token.to(tl.int64) * width
-    return pointer
+    """The pointer moved to a token's row. 64 bits are needed for this step alone: what a program adds to it fits into 32.
+
+    Not for a pointer that is None: up to Triton 3.6 a device function cannot return None."""
+    return pointer + token.to(tl.int64) * width
 
 
 @triton.jit

@@ -58,8 +58,8 @@ class Manifold(ABC):
         """
 
     @property
-    def settings(self) -> tuple[float, ...]:
-        """Compile-time numbers that the Triton functions get as SETTINGS."""
+    def settings(self) -> tuple[Any, ...]:
+        """Compile-time numbers, or tuples of them, that the Triton functions get as SETTINGS."""
         return (0,)
 
     @abstractmethod

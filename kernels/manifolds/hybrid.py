@@ -46,9 +46,9 @@ class Hybrid(Manifold):
         return blend, blend_backward
 
     @property
-    def settings(self) -> tuple[float, ...]:
-        """Those of Birkhoff, then those of Isometric."""
-        return (*self.birkhoff.settings, *self.isometric.settings)
+    def settings(self) -> tuple[tuple[float, ...], ...]:
+        """Those of Birkhoff and those of Isometric."""
+        return (self.birkhoff.settings, self.isometric.settings)
 
     def map(self, logits: Tensor) -> Tensor:
         return torch.lerp(self.isometric.map(logits), self.birkhoff.map(logits), self.blend.to(logits.dtype))
@@ -60,16 +60,21 @@ class Hybrid(Manifold):
 
 @triton.jit
 def blend(z, share, n: tl.constexpr, SETTINGS: tl.constexpr):
-    birkhoff = sinkhorn(z, None, n, (SETTINGS[0],))
-    isometric = retract(z, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
+    # Named: up to Triton 3.6 a part of a tuple can be passed on only as a constant of its own.
+    BIRKHOFF: tl.constexpr = SETTINGS[0]
+    ISOMETRIC: tl.constexpr = SETTINGS[1]
+    birkhoff = sinkhorn(z, None, n, BIRKHOFF)
+    isometric = retract(z, None, n, ISOMETRIC)
     return isometric + share * (birkhoff - isometric)
 
 
 @triton.jit
 def blend_backward(z, grad, share, n: tl.constexpr, SETTINGS: tl.constexpr):
-    birkhoff = sinkhorn(z, None, n, (SETTINGS[0],))
-    isometric = retract(z, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
+    BIRKHOFF: tl.constexpr = SETTINGS[0]
+    ISOMETRIC: tl.constexpr = SETTINGS[1]
+    birkhoff = sinkhorn(z, None, n, BIRKHOFF)
+    isometric = retract(z, None, n, ISOMETRIC)
     d_share = total(grad * (birkhoff - isometric))
-    from_birkhoff, _ = sinkhorn_backward(z, share * grad, None, n, (SETTINGS[0],))
-    from_isometric, _ = retract_backward(z, grad - share * grad, None, n, (SETTINGS[1], SETTINGS[2], SETTINGS[3], SETTINGS[4]))
+    from_birkhoff, _ = sinkhorn_backward(z, share * grad, None, n, BIRKHOFF)
+    from_isometric, _ = retract_backward(z, grad - share * grad, None, n, ISOMETRIC)
     return from_birkhoff + from_isometric, d_share
