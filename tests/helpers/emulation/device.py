@@ -56,8 +56,10 @@ class Temper:
 
 
 class Device:
-    """waits: what the host waited for, by reason. Work at the front of a hardware queue holds it until it ends, which is the worst
-    that streams may do to each other."""
+    """waits: what the host waited for, by reason. faults: of operations that could not read what they were given.
+
+    Work at the front of a hardware queue holds it until it ends, which is the worst that streams may do to each other.
+    """
 
     def __init__(self, seed: int, temper: Temper) -> None:
         self._random, self._temper = random.Random(seed), temper
@@ -65,6 +67,7 @@ class Device:
         self._pending = 0
         self.active = False
         self.waits: list[str] = []
+        self.faults: list[str] = []
         self.before_issue: Callable[[], None] = lambda: None  # the allocator's turn
         self.default = self.stream("compute")
         self.current = self.default

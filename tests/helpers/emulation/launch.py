@@ -63,6 +63,8 @@ class Launches(TorchDispatchMode):
             try:
                 yield
                 device.idle("the end")
+                if device.faults:
+                    raise RuntimeError(device.faults[0])
             finally:
                 device.active = False
 
@@ -111,7 +113,11 @@ class Launches(TorchDispatchMode):
         results = [memory.alias(t) if new else None for t, new in zip(outputs, fresh)]
 
         def work() -> bool:
-            found = tree_flatten(func(*later[0], **later[1]))[0]
+            try:
+                found = tree_flatten(func(*later[0], **later[1]))[0]
+            except (RuntimeError, IndexError) as error:  # of what it read; the device goes on, as others wait for it
+                self.device.faults.append(f"{func.__name__}: {error}")
+                return True
             for target, value in zip(results, found):
                 if target is not None:
                     target.copy_(value)
