@@ -49,8 +49,9 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.device, self.memory = device, Memory(device)
         self._shapes: dict[Any, Any] = {}
-        # Autograd runs a node on the stream of its forward.
+        # Autograd runs a node on the stream of its forward, and adds to a leaf's gradient on the stream that first used the leaf.
         self._streams: dict[int, Stream] = {}  # by sequence number
+        self._leaves: dict[int, Stream] = {}  # by address, parameters aside: DDP uses them when it is made
         self._seen = torch.autograd._get_sequence_nr()
         self._backward: _Backward | None = None
 
@@ -86,7 +87,7 @@ class Launches(TorchDispatchMode):
             return func(*args, **kwargs)
         stream = self.device.current
         if (backward := self._backward) is not None:
-            stream = backward.stream(self._streams)
+            stream = backward.stream(self._streams, self._leaves)
             if stream is not self.device.current:
                 with self.device.on(stream):
                     return self._launch(func, args, kwargs, stream)
@@ -105,7 +106,11 @@ class Launches(TorchDispatchMode):
         outputs = [given if given is not None else memory.empty(*shape) for shape, given in zip(shapes, returned)]
         if func in _NO_CONTENTS:
             return tree_unflatten(outputs, shape_tree)
-        tensors = [t for t in leaves if isinstance(t, torch.Tensor)] if self._backward is not None else []
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        if self._backward is None and torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor.requires_grad and tensor.is_leaf and not isinstance(tensor, torch.nn.Parameter):
+                    self._leaves.setdefault(tensor.data_ptr(), stream)
         if self._backward is not None:
             self._backward.order(self.device, memory, stream, tensors)
         later = tree_unflatten([memory.alias(t) if isinstance(t, torch.Tensor) else t for t in leaves], tree)
@@ -183,12 +188,16 @@ class _Backward:
         self._made: dict[int, Event] = {}  # by address of memory
         self._leaves: set[Stream] = set()
 
-    def stream(self, streams: dict[int, Stream]) -> Stream:
+    def stream(self, streams: dict[int, Stream], leaves: dict[int, Stream]) -> Stream:
+        """Of the node that runs."""
         node = torch._C._current_autograd_node()
-        if node is None or node.name() == _ACCUMULATE:  # or a hook of it
-            self._leaves.add(self._default)
-            return self._default
-        return streams.get(node._sequence_nr(), self._caller)
+        if node is not None and node.name() != _ACCUMULATE:
+            return streams.get(node._sequence_nr(), self._caller)
+        leaf = self._default  # of a hook of the node that adds, which are those of DDP's parameters
+        if node is not None:
+            leaf = leaves.get(node.variable.data_ptr(), self._default)
+        self._leaves.add(leaf)
+        return leaf
 
     def order(self, device: Device, memory: Memory, stream: Stream, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
