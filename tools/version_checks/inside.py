@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+MAX_SPILLED = 8
+"""Bytes of a thread: what Triton 3.6 takes for the blended map on sm_80, outside of the inner loops; 3.8 must do without any
+(tests/tools/test_kernel_report.py)."""
 sys.path.insert(0, str(ROOT / "tools"))
 
 
@@ -55,7 +58,7 @@ def compiled(architectures: list[int], manifold: str | None) -> dict[str, Any]:
                 errors.append(f"{name}, sm_{arch}: {type(error).__name__}: {_first_line(error)}")
                 continue
             registers, spilled = max(registers, row["registers"]), max(spilled, row["spilled"])
-            if row["registers"] > MAX_REGISTERS or row["spilled"] or row["atomics"]:
+            if row["registers"] > MAX_REGISTERS or row["spilled"] > MAX_SPILLED or row["atomics"]:
                 figures = (f"{row[name]} {name}" for name in ("registers", "spilled", "atomics"))
                 errors.append(f"{name}, sm_{arch}: {', '.join(figures)}")
     return {"tried": tried, "errors": errors, "registers": registers, "spilled": spilled}
