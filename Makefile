@@ -8,7 +8,7 @@ JOBS ?= $(shell nproc)
 export OMP_NUM_THREADS ?= 1
 
 # What `make gpu-check` needs beside PyTorch, Triton and Megatron-core: nothing that would bring a PyTorch along.
-LIGHT := hypothesis numpy packaging psutil pydantic pytest pytest-timeout pyyaml rich setuptools
+LIGHT := hypothesis numpy nvtx packaging psutil pydantic pytest pytest-timeout pytest-xdist pyyaml rich setuptools
 
 .PHONY: demo test test-all lint bench gpu-check wheels clean
 

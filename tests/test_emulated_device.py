@@ -69,13 +69,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["dualpipe", "experts over two ranks"])
-def test_gradients_on_a_device(layout):
-    check(LAYOUTS[layout], seeds(3))
+def test_gradients_on_a_device():
+    check(LAYOUTS["dualpipe"], seeds(3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_for_many_seeds(layout):
     """The more seeds the better: EMULATED_SEEDS=46 pytest tests/test_emulated_device.py, for all layouts, are 506."""
-    check(LAYOUTS[layout], seeds(int(os.environ.get("EMULATED_SEEDS", "8"))))
+    check(LAYOUTS[layout], seeds(int(os.environ.get("EMULATED_SEEDS", "4"))))

@@ -174,8 +174,8 @@ def test_equals_one_process(tiny, reference, name, pp, ep, kind):
 
 
 AUTO = "auto search.time_limit=0.5 search.placement="
-QUICK = ["interleaved", "zbv", AUTO + "bidirectional"]
-SLOW = ["gpipe", "zb_h1", AUTO + "linear", AUTO + "v"]
+QUICK = ["interleaved", "zbv"]
+SLOW = ["gpipe", "zb_h1", AUTO + "bidirectional", AUTO + "linear", AUTO + "v"]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

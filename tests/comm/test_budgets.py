@@ -83,6 +83,7 @@ def test_the_trainer_asks_nccl_for_a_priority_and_few_blocks_of_its_all_to_alls(
     with _nccl_settings(None) as path:
         assert path is None  # without CUDA
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
     for given, expected in ((None, 16), (9, 9)):
         with _nccl_settings(given) as path:
             options = get_nccl_options("ep", yaml.safe_load(Path(path).read_text()))

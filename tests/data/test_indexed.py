@@ -108,6 +108,7 @@ def _race_then_join(rank: int, barrier, root: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_indexed_data_on_several_processes(tmp_path: Path) -> None:
     """Without torch.distributed two processes race for an empty cache; with it rank 0 builds. All draw the same batches."""
     for name, seed in (("one", 1), ("two", 2)):

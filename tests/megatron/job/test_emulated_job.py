@@ -55,8 +55,9 @@ def run(rank, arguments, seeds, world_size, port):
     return wrong
 
 
-@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_of_a_job_on_a_device(case):
-    world_size, seeds = case["pp"] * case.get("ep", 1), 2 if case is CASES[0] else 4
+    world_size, seeds = case["pp"] * case.get("ep", 1), 2
     for wrong in run_ranks(run, world_size, case, seeds, world_size, free_port(), init=False, timeout=500):
         assert wrong == [[]] * seeds

@@ -49,10 +49,10 @@ def test_megatrons_own_schedule_gives_the_oracle(reference):
 QUICK = [
     (4, {"schedule": "dualpipe", "pp": 4}),
     (4, {"schedule": "dualpipev", "pp": 2, "vpp": 2, "ep": 2, **SHARDED}),
-    (4, {"schedule": "dualpipe", "pp": 2, "tp": 2}),
     (2, {"schedule": "auto", "pp": 2, "search": {"placement": "bidirectional", "time_limit": 2}}),
 ]
 SLOW = [
+    (4, {"schedule": "dualpipe", "pp": 2, "tp": 2}),
     (1, {"schedule": "1f1b"}),
     (2, {"schedule": "1f1b", "pp": 2}),
     (2, {"schedule": "dualpipe", "pp": 2}),
