@@ -74,8 +74,8 @@ def test_waits_holds_and_events_are_missed():
     assert {name for name, found in missed.items() if found} >= NEEDED
 
 
-# Not among them, since nothing of these two steps shows it: a send's wait for the step before, the join at the end of a step, and the
-# event of a gradient that is handed in on `high`.
+# Not among them, since nothing of these two steps shows it: a send's wait for the step before, the join at the end of a step, and
+# the event of a gradient that is handed in on `high`.
 NEEDED = {
     ("wait", "Post", "start_after", "edge_queue"),
     ("wait", "Send", "start_after", "edge_queue"),
