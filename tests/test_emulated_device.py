@@ -27,7 +27,7 @@ def run(rank, overrides, tempers, port, world_size):
     emulated(rank, world_size, port)
     trainer = EmulatedTrainer(tiny_config(*overrides))
     expected, found, waits = trainer.gradients(None), [], []
-    assert len(expected[0]) > 20
+    assert len(expected[0]) > 10
     for seed, temper in tempers:
         device = launches(seed, **temper)
         trainer.compile(hosts_wait=bool(temper["hardware_queues"] or temper["idle"]))
