@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,10 @@ def _key(identity: Mapping[str, Any]) -> str:
 def _sources() -> str:
     """Of the package itself: a version number does not change with every commit."""
     total = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[2].rglob("*.py")):
-        total.update(file.read_bytes())
+    for name in ("pipehc", "pipehc.comm", "pipehc.kernels", "pipehc.recompute", "pipehc.schedules"):  # a checkout has them apart
+        for folder in import_module(name).__path__:
+            for file in sorted(Path(folder).rglob("*.py")):
+                total.update(file.read_bytes())
     return total.hexdigest()
 
 
