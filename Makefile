@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 DEMO_PROCESSES ?= 4
 JOBS ?= $(shell nproc)
 export OMP_NUM_THREADS ?= 1
+# Many tests are several processes, each of which would compile our sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What `make gpu-check` needs beside PyTorch, Triton and Megatron-core: nothing that would bring a PyTorch along.
 LIGHT := hypothesis numpy nvtx packaging psutil pydantic pytest pytest-timeout pytest-xdist pyyaml rich setuptools

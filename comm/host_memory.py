@@ -5,7 +5,7 @@ On a CPU the same copies are made, of host memory into other host memory: there 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
@@ -34,14 +34,22 @@ def host_memory(shape: Iterable[int], dtype: torch.dtype, device: torch.device) 
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
 
 
+def fetching(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Starts a copy to the host, after all that the current stream was given before. Returns what waits for it, and returns it."""
+    host = host_memory(tensor.shape, tensor.dtype, tensor.device)
+    host.copy_(tensor.detach(), non_blocking=True)
+    there = Mark(tensor.device)
+
+    def end() -> torch.Tensor:
+        there.hold_host()
+        return host
+
+    return end
+
+
 def fetched(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Copies on the host, complete when this returns: the host waits for all that the current stream was given before."""
-    pairs = [(tensor.detach(), host_memory(tensor.shape, tensor.dtype, tensor.device)) for tensor in tensors]
-    for tensor, host in pairs:
-        host.copy_(tensor, non_blocking=True)
-    for device in {tensor.device for tensor, _ in pairs}:
-        Mark(device).hold_host()
-    return [host for _, host in pairs]
+    return [end() for end in [fetching(tensor) for tensor in tensors]]
 
 
 class HostSlots:

@@ -21,6 +21,8 @@ Work = Callable[[], Callable[[], None] | None]
 class Queue(Protocol):
     """What pieces of work are issued to."""
 
+    ahead: bool  # whether the host issues work long before it runs, as on CUDA
+
     def run(self, work: Work) -> None:
         """Issues `work`. What it returns, if anything, ends it: a transfer starts at once and ends in its place in the queue."""
 
@@ -42,6 +44,8 @@ class Queue(Protocol):
 
 class CudaQueue:
     """A CUDA stream. The host runs ahead; `run` returns when the kernels are launched."""
+
+    ahead = True
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -92,6 +96,8 @@ class HostQueue:
     late: work waits until an event that covers it is waited for; otherwise it is done, or a transfer is started, when issued.
     """
 
+    ahead = False
+
     def __init__(self, late: bool) -> None:
         self._late = late
         self._pending: deque[tuple[int, Work]] = deque()
@@ -132,6 +138,8 @@ class HostQueue:
 class IssueQueue:
     """Everything is done when it is issued, the end of a transfer too: in the order in which CUDA is given its work, so that memory
     is taken and given back as there. For dry runs."""
+
+    ahead = True
 
     def run(self, work: Work) -> None:
         end = work()

@@ -20,7 +20,7 @@ class Piece:
     run: called with the values of `inputs`, returns those of `outputs`. Values are tensors, or whatever else pieces have to tell
     each other. Floating tensors are differentiable. node: pieces of one node follow each other without a change of turns.
     rebuilt: cheap to run again; with recomputation its results are dropped after the forward. run_again: what rebuilds them, if
-    not `run`: the same without its side effects.
+    not `run`: the same without its side effects. differentiable: False for what only counts; its backward is nothing.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Piece:
     rebuilt: bool = False
     queue: QueueName = "compute"
     run_again: Callable[..., Any] | None = None
+    differentiable: bool = True
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ class Pass:
         for name, value in given.items():
             self._keep(name, value)
 
+    @property
+    def host_ahead(self) -> bool:
+        """Whether pieces are issued long before they run, as on CUDA."""
+        return self._queues["compute"].ahead
+
     # -- forward
 
     def forward(self, index: int) -> None:
@@ -82,7 +87,7 @@ class Pass:
                     self._graphs[index] = Graph((), [], tuple(v for v in inputs if not isinstance(v, torch.Tensor)))
                 end = piece.run(*inputs)
                 return lambda: self._put(piece, end())
-            if not self._grad or (self._recompute and piece.rebuilt):
+            if not self._grad or not piece.differentiable or (self._recompute and piece.rebuilt):
                 with torch.no_grad():
                     outputs = piece.run(*inputs)
             else:
@@ -140,6 +145,8 @@ class Pass:
         block = self._chain.block_of[index]
         self.rebuild(block)
         piece = self._chain.pieces[index]
+        if not piece.differentiable:
+            return
         queue = self._queues[piece.queue]
         parts = {name: self._owed.pop(name, []) for name in piece.outputs}
         dropped = [name for name in piece.inputs if self._recompute and not piece.rebuilt and self._chain.is_rebuilt(name, block)]

@@ -12,6 +12,9 @@ come first:
 The last mlp_post B and combine B in a row are those of the block that is next, so that attention W, which waits for nothing, hides
 them and combine F. In the last block of a half mlp_post F comes before attention W: the stage message of the forward leaves after
 it, the gradient after attention B, both before the last attention W.
+
+Where the host issues work ahead of a device, mlp B comes before dispatch F: the host must know how many tokens go where before it
+can issue dispatch F, waits for that, and meanwhile the compute queue has mlp B to do. The order on each queue is the same.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ MIDDLE: tuple[Step, ...] = (
     ("F", "combine"),
     ("B", "attention"),
 )
+AHEAD = (MIDDLE[0], MIDDLE[2], MIDDLE[1], *MIDDLE[3:])
 OUTPUT: tuple[Step, ...] = (("F", "mlp_post"),)
 REST: tuple[Step, ...] = (("W", "attention"),)
 NODE_KINDS = ("attention", "dispatch", "mlp", "combine", "mlp_post")  # in forward order
@@ -40,12 +44,13 @@ Mark = Literal["output", "gradient", "end"]
 Turn = tuple[Literal["F", "B", "W"], str] | Mark
 
 
-def pair_order(ahead: Sequence[str], back: Sequence[str]) -> Iterator[Turn]:
+def pair_order(ahead: Sequence[str], back: Sequence[str], host_ahead: bool = False) -> Iterator[Turn]:
     """The turns of all nodes of a pair.
 
-    ahead, back: the nodes of the stage of the forward and of that of the backward, BLOCK.KIND, both in forward order. Yields F and
-    B with the node whose forward or backward is next, W with the node at whose turn the weight gradients owed so far are computed;
-    between them "output" when the forward is issued, "gradient" when the input gradient of the backward is, and "end" when all is;
+    ahead, back: the nodes of the stage of the forward and of that of the backward, BLOCK.KIND, both in forward order. host_ahead:
+    the host issues work to a device (see above). Yields F and B with the node whose forward or backward is next, W with the node
+    at whose turn the weight gradients owed so far are computed; between them "output" when the forward is issued, "gradient" when
+    the input gradient of the backward is, and "end" when all is;
     the first two in the order in which they come. A half with more blocks has the rest of them to itself.
     """
     forwards, backwards = blocks(ahead), blocks(back)[::-1]
@@ -59,7 +64,7 @@ def pair_order(ahead: Sequence[str], back: Sequence[str]) -> Iterator[Turn]:
 
     yield from turns(START, 0)
     for k in range(max(len(forwards), len(backwards))):
-        yield from turns(MIDDLE, k)
+        yield from turns(AHEAD if host_ahead else MIDDLE, k)
         last = k + 1 in (len(forwards), len(backwards))
         if last:
             yield from turns(OUTPUT, k)

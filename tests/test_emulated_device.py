@@ -45,11 +45,12 @@ def check(layout, tempers):
     return [waits for _, waits in results]
 
 
-def seeds(count):
-    """Of many kinds: one in two stops for an idle device now and then, some have few hardware queues."""
+def seeds(count, first=0):
+    """Of many kinds: one in two stops for an idle device now and then, some have few hardware queues. From any on."""
     kinds = itertools.cycle(itertools.product((0.003, 0.0), (None, 1, None, 3)))
     tempers = ({"idle": idle, "hardware_queues": queues} for idle, queues in kinds)
-    return [(k, temper | {"ahead": AHEAD[k * 5 // 8 % 4]}) for k, temper in zip(range(count), tempers)]
+    all_of_them = ((k, temper | {"ahead": AHEAD[k * 5 // 8 % 4]}) for k, temper in enumerate(tempers))
+    return list(itertools.islice(all_of_them, first, first + count))
 
 
 DUALPIPE = ("schedule.name=dualpipe", "parallel.pp=2", "recompute.enabled=true")
@@ -59,7 +60,7 @@ LAYOUTS = {
     "dualpipe over four": (*DUALPIPE, *FOUR),
     "dualpipev": (*DUALPIPE, "schedule.name=dualpipev", "model.blocks=4"),
     "zbv": (*DUALPIPE, "schedule.name=zbv", "model.blocks=4"),
-    "interleaved over four": (*DUALPIPE, "schedule.name=interleaved", *FOUR, "model.blocks=8"),
+    "interleaved": (*DUALPIPE, "schedule.name=interleaved", "model.blocks=4"),
     "1f1b over four": (*DUALPIPE, "schedule.name=1f1b", *FOUR),
     "zb_h1, without recomputation": (*DUALPIPE, "schedule.name=zb_h1", "recompute.enabled=false"),
     "experts over two ranks": (*DUALPIPE, "parallel.ep=2", "train.global_batch=8"),
@@ -77,4 +78,4 @@ def test_gradients_on_a_device():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_for_many_seeds(layout):
     """The more seeds the better: EMULATED_SEEDS=46 pytest tests/test_emulated_device.py, for all layouts, are 506."""
-    check(LAYOUTS[layout], seeds(int(os.environ.get("EMULATED_SEEDS", "4"))))
+    check(LAYOUTS[layout], seeds(int(os.environ.get("EMULATED_SEEDS", "2")), first=3 * list(LAYOUTS).index(layout)))

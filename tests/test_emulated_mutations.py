@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 
+import preloaded  # noqa: F401
 import pytest
 import torch.distributed as dist
 from processes import free_port, run_ranks

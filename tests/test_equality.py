@@ -2,6 +2,7 @@
 
 import os
 
+import preloaded  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist

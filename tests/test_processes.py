@@ -85,3 +85,11 @@ def test_death_by_signal_is_an_error_unless_expected():
     assert run_ranks(fn, 2, init=False, may_die=[0]) == [None, "alive"]
     with pytest.raises(RuntimeError, match="rank 0 ended by signal 9"):
         run_ranks(fn, 2, init=False)
+
+
+def test_death_by_a_fault_shows_where():
+    def fn(rank):
+        signal.raise_signal(signal.SIGSEGV)
+
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0 ended by signal 11.*Segmentation fault.*in fn"):
+        run_ranks(fn, 1, init=False)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import preloaded  # noqa: F401
 import pytest
 import torch
 from config_cases import DEMO

@@ -1,5 +1,6 @@
 """The trainer against plain autograd: which samples a step takes, the scale of its gradients, and what must not change anything."""
 
+import preloaded  # noqa: F401
 import pytest
 import torch
 from processes import run_ranks

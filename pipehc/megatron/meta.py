@@ -65,25 +65,46 @@ def _patch_routing(imbalance: float) -> None:
     """How many tokens go to which expert is read from the device. Upstream's own count runs, and is replaced by an even one."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+    from pipehc.megatron import counts
+
+    def even(self: Any) -> dict[str, np.ndarray]:
+        """What upstream counts, by its names."""
+        each, rest = divmod(self.routing_map.size(0) * self.config.moe_router_topk, self.num_experts)
+        sent = np.full(self.num_experts, each, dtype=np.int64)
+        sent[:rest] += 1
+        here = sent[self.local_expert_indices]
+        if self.ep_size > 1:
+            here = np.round(here * imbalance).astype(np.int64)
+        received = np.tile(here, (self.tp_size * self.ep_size, 1))  # from every rank as many as from this one
+        return {
+            "tokens_per_expert": received.sum(0),
+            "input_splits": sent.reshape(self.ep_size, self.num_local_experts).sum(1),
+            "output_splits": received[: self.ep_size].sum(1),
+            "output_splits_tp": np.full(self.tp_size, received[: self.ep_size].sum()),
+            "num_global_tokens_per_local_expert": received,
+        }
+
     original = MoEAlltoAllTokenDispatcher.preprocess
 
     @functools.wraps(original)
     def preprocess(self: Any, routing_map: torch.Tensor) -> Any:
-        original(self, routing_map)
-        each, rest = divmod(routing_map.size(0) * self.config.moe_router_topk, self.num_experts)
-        counts = np.full(self.num_experts, each, dtype=np.int64)
-        counts[:rest] += 1
-        here = counts[self.local_expert_indices]
+        counted = original(self, routing_map)
         if self.ep_size > 1:
-            here = np.round(here * imbalance).astype(np.int64)
-            self.input_splits = counts.reshape(self.ep_size, self.num_local_experts).sum(1)
-            self.output_splits = np.full(self.ep_size, here.sum())
-            self.output_splits_tp = None
-        received = np.tile(here, (self.ep_size, 1))  # from every rank as many as from this one
-        self.num_global_tokens_per_local_expert = torch.from_numpy(received)
-        return torch.from_numpy(received.sum(0))
+            return counted  # read later
+        numbers = even(self)
+        self.output_splits_tp = numbers["output_splits_tp"]
+        self.num_global_tokens_per_local_expert = torch.from_numpy(numbers["num_global_tokens_per_local_expert"])
+        return torch.from_numpy(numbers["tokens_per_expert"])
+
+    def fetching(tensor: torch.Tensor) -> Any:
+        torch.empty_like(tensor).copy_(tensor)
+
+    def numbers(self: Any) -> list[int]:
+        found = even(self._dispatcher)
+        return [int(number) for name in self._shapes for number in found[name].ravel()]
 
     MoEAlltoAllTokenDispatcher.preprocess = preprocess
+    counts.fetching, counts.Counts._numbers = fetching, numbers  # type: ignore[method-assign]
 
 
 _library: Any = None  # its registrations end with it

@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.func import functional_call
 
-from pipehc.comm.expert import Splits, start_all_to_all
+from pipehc.comm.expert import start_all_to_all
+from pipehc.megatron.counts import Counts, can_be_apart, left_out
 from pipehc.megatron.wgrad import stand_ins_of
 from pipehc.model.norm import rms_norm
 from pipehc.model.sublayers import CONTEXT, Connection, Sublayer
@@ -48,21 +49,26 @@ class LayerNodes:
             mlp: tuple[Piece, ...] = (Piece("f", self.whole_mlp, ("normed", CONTEXT), ("f",), node("mlp")),)
         else:
             exchanged = self.mlp.token_dispatcher.ep_size > 1
-            arrived = ("arrived", "probs_arrived") if exchanged else ("tokens", "probs")
-            route = Piece("route", self._route, ("normed", CONTEXT), ("tokens", "probs", "splits"), node("attention"))
+            arrived = ("arrived", "probs_arrived", "chunks") if exchanged else ("tokens", "probs")
+            routed = ("tokens", "probs", "routing_map") if exchanged else ("tokens", "probs")
+            route = Piece("route", self._route, ("normed", CONTEXT), routed, node("attention"))
             experts = Piece("experts", self._experts, ("normed", *arrived), ("routed", "shared"), node("mlp"))
             sum_up = Piece("sum", self._sum, ("returned" if exchanged else "routed", "shared"), ("f",), node("mlp_post"))
             mlp = route, experts, sum_up
             if exchanged:
+                count = Piece(
+                    "count", self._count, ("routing_map",), ("counts", "chunks"), node("dispatch"),
+                    queue="communication", differentiable=False,
+                )  # fmt: skip
                 dispatch = Exchange(
-                    "dispatch", self._dispatch, ("tokens", "probs", "splits"), arrived, node("dispatch"),
+                    "dispatch", self._dispatch, ("tokens", "probs", "counts"), arrived[:2], node("dispatch"),
                     queue="communication", run_backward=self._dispatch_backward,
                 )  # fmt: skip
                 combine = Exchange(
-                    "combine", self._combine, ("routed", "splits"), ("returned",), node("combine"),
+                    "combine", self._combine, ("routed", "counts"), ("returned",), node("combine"),
                     queue="communication", run_backward=self._combine_backward,
                 )  # fmt: skip
-                mlp = route, dispatch, experts, combine, sum_up
+                mlp = route, count, dispatch, experts, combine, sum_up
         return (
             Sublayer(f"{block}.attention", attention_connection, norm(layer.input_layernorm), (attention,)),
             Sublayer(f"{block}.mlp", mlp_connection, norm(layer.pre_mlp_layernorm), mlp, node("mlp_post"), "high"),
@@ -105,41 +111,49 @@ class LayerNodes:
         """With sequence parallelism every rank holds other tokens, and draws other numbers, as inside Megatron's blocks."""
         return get_cuda_rng_tracker().fork() if self.layer.config.sequence_parallel else nullcontext()
 
-    def _route(self, normed: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor, Splits | None]:
-        """[s, b, C] -> tokens [s*b*k, C] sorted by expert, probs [s*b*k], and how many of them go to which rank."""
+    def _route(self, normed: torch.Tensor, context: Context) -> tuple[torch.Tensor, ...]:
+        """[s, b, C] -> tokens [s*b*k, C] sorted by expert, probs [s*b*k], and with expert parallelism the routing map."""
         mask = padding_mask(context)
         if mask is not None:
             mask = mask.transpose(0, 1).bool()
-        with self.random_state():
-            tokens, probs = self.mlp.preprocess(normed, *self.mlp.route(normed, mask))
         dispatcher = self.mlp.token_dispatcher
-        if dispatcher.ep_size == 1:
-            return tokens, probs, None
-        # Upstream's own all-to-all starts with this: afterwards the counts are numbers on the host.
+        exchanged = dispatcher.ep_size > 1
+        with self.random_state(), left_out(dispatcher) if exchanged and can_be_apart(dispatcher) else nullcontext():
+            tokens, probs = self.mlp.preprocess(normed, *self.mlp.route(normed, mask))
+        if exchanged:
+            return tokens, probs, dispatcher.routing_map
+        # Upstream's own all-to-all starts with this: with tensor parallelism the counts are numbers on the host afterwards.
         dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize("before_ep_alltoall", dispatcher.tokens_per_expert)
-        return tokens, probs, Splits(dispatcher.input_splits.tolist(), dispatcher.output_splits.tolist())
+        return tokens, probs
 
-    def _dispatch(self, tokens: torch.Tensor, probs: torch.Tensor, splits: Splits) -> Callable[[], tuple[torch.Tensor, ...]]:
+    def _count(self, routing_map: torch.Tensor) -> tuple[Counts, torch.Tensor | None]:
+        """How many tokens go to which rank, later; and what `_experts` reads of it on the device."""
+        found = Counts(self.mlp.token_dispatcher, routing_map)
+        return found, found.chunks
+
+    def _dispatch(self, tokens: torch.Tensor, probs: torch.Tensor, counts: Counts) -> Callable[[], tuple[torch.Tensor, ...]]:
         """Each token to the ranks of its experts."""
-        return start_all_to_all((tokens, probs), splits, self.mlp.token_dispatcher.ep_group)
+        return start_all_to_all((tokens, probs), counts.splits, self.mlp.token_dispatcher.ep_group)
 
-    def _dispatch_backward(self, gradients: tuple[torch.Tensor, ...], splits: Splits) -> Callable[[], tuple[Any, ...]]:
-        end = start_all_to_all(gradients, splits.back(), self.mlp.token_dispatcher.ep_group)
+    def _dispatch_backward(self, gradients: tuple[torch.Tensor, ...], counts: Counts) -> Callable[[], tuple[Any, ...]]:
+        end = start_all_to_all(gradients, counts.splits.back(), self.mlp.token_dispatcher.ep_group)
         return lambda: (*end(), None)
 
-    def _experts(self, normed: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(routed [tokens, C], shared [s, b, C] or None)."""
+    def _experts(
+        self, normed: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor, chunks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(routed [tokens, C], shared [s, b, C] or None). chunks: as the dispatcher has it, and so on this queue, too."""
         with self.random_state():
             shared = self.mlp.shared_experts_compute(normed)
             routed, _ = self.mlp.routed_experts_compute(tokens, probs)
         return routed, shared
 
-    def _combine(self, routed: torch.Tensor, splits: Splits) -> Callable[[], tuple[torch.Tensor, ...]]:
+    def _combine(self, routed: torch.Tensor, counts: Counts) -> Callable[[], tuple[torch.Tensor, ...]]:
         """Each expert's output back to the rank of its token."""
-        return start_all_to_all((routed,), splits.back(), self.mlp.token_dispatcher.ep_group)
+        return start_all_to_all((routed,), counts.splits.back(), self.mlp.token_dispatcher.ep_group)
 
-    def _combine_backward(self, gradients: tuple[torch.Tensor, ...], splits: Splits) -> Callable[[], tuple[Any, ...]]:
-        end = start_all_to_all(gradients, splits, self.mlp.token_dispatcher.ep_group)
+    def _combine_backward(self, gradients: tuple[torch.Tensor, ...], counts: Counts) -> Callable[[], tuple[Any, ...]]:
+        end = start_all_to_all(gradients, counts.splits, self.mlp.token_dispatcher.ep_group)
         return lambda: (*end(), None)
 
     def _sum(self, returned: torch.Tensor, shared: torch.Tensor | None) -> tuple[torch.Tensor]:

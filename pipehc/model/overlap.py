@@ -24,7 +24,7 @@ def overlap(forward: Half, backward: Half, flush: Callable[[str], None]) -> Iter
     """
     ahead, back = ({node.name: node for node in half.chain.nodes} for half in (forward, backward))
     assert len(ahead) == len(forward.chain.nodes) and len(back) == len(backward.chain.nodes), "the nodes of a chain have names"
-    for turn in pair_order(list(ahead), list(back)):
+    for turn in pair_order(list(ahead), list(back), forward.run.host_ahead):
         match turn:
             case ("F", name):
                 for index in range(ahead[name].start, ahead[name].stop):

@@ -68,6 +68,7 @@ def _run_child(
 ) -> None:
     stacks = open(folder / f"{rank}.stacks", "w")  # noqa: SIM115 (must stay open for the signal handler)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    faulthandler.enable(file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which kills us
     torch.set_num_threads(1)
     os.environ.update(
@@ -111,7 +112,11 @@ def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float, may_di
 def _first_failure(processes: Sequence[BaseProcess], folder: Path, may_die: Collection[int]) -> str:
     """The cause rather than its echoes: ranks that died by a signal, else the first traceback to be written."""
     codes = [(rank, process.exitcode or 0) for rank, process in enumerate(processes)]
-    killed = [f"rank {rank} ended by signal {-code}" for rank, code in codes if code < 0 and rank not in may_die]
+    killed = [
+        f"rank {rank} ended by signal {-code}\n{(folder / f'{rank}.stacks').read_text()}"
+        for rank, code in codes
+        if code < 0 and rank not in may_die
+    ]
     errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
     first = [f"rank {path.stem} failed:\n{path.read_text()}" for path in errors[:1]]
     exited = [f"rank {rank} exited with {code}" for rank, code in codes if code > 0]

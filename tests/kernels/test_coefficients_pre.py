@@ -61,7 +61,7 @@ def test_whole_sublayer(kind, dtype):
     compare(sublayer, (x, *parameters, torch.linspace(0.5, 2, 40).to(dtype)), 1.5 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kind", ["birkhoff", "isometric", "identity_offset"])
+@pytest.mark.parametrize("kind", ["birkhoff", "identity_offset"])
 @pytest.mark.parametrize("case", ADVERSARIAL)
 def test_whole_sublayer_on_adversarial_inputs(kind, case):
     manifold = all_manifolds()[kind]

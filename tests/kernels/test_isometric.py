@@ -84,14 +84,14 @@ def test_kernel(n):
     assert max(isometry_error(h)) < 1e-5
 
 
-@pytest.mark.parametrize(("n", "condition"), [(4, 1.0), (4, 1e2), (2, 1e4), (3, 1e4), (4, 1e4), (8, 1e4)])
+@pytest.mark.parametrize(("n", "condition"), [(4, 1.0), (2, 1e4), (3, 1e4), (4, 1e4), (8, 1e4)])
 def test_kernel_keeps_the_isometry_for_bad_conditions(n, condition):
     logits = with_condition(60, n, condition)
     out, d_z, _ = run_map(Isometric(), logits, torch.zeros_like(logits))
     assert max(isometry_error(out)) < 1e-5 and not d_z.any()
 
 
-@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("condition", [1.0, 1e4])
 def test_kernel_is_as_exact_as_the_condition_allows(condition):
     """A polar factor moves by 2 |dA| / (s + s'), s and s' the two least singular values, and fp32 rounds A by 2^-24 |A|: the error
     is a small multiple of 2^-24 kappa with kappa = |A| / (s + s'). The gradient, |G| / (s + s') in size, goes back through the

@@ -49,7 +49,7 @@ def test_kernel_with_streams_of_low_precision(dtype):
     compare(operation(Birkhoff(2)), arguments(18, 4, 70, dtype), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kind", ["birkhoff", "isometric", "identity_offset"])
+@pytest.mark.parametrize("kind", ["birkhoff", "identity_offset"])
 @pytest.mark.parametrize("case", ADVERSARIAL)
 def test_kernel_on_adversarial_inputs(kind, case):
     manifold = all_manifolds()[kind]

@@ -18,8 +18,8 @@ QUEUES = make_queues(torch.device("cpu"))
 class Written:
     """A pass that only writes down what would run."""
 
-    def __init__(self, log, chain):
-        self._log, self._chain = log, chain
+    def __init__(self, log, chain, host_ahead):
+        self._log, self._chain, self.host_ahead = log, chain, host_ahead
 
     def forward(self, index):
         self._log.append(f"F {self._chain.pieces[index].name}")
@@ -28,9 +28,9 @@ class Written:
         self._log.append(f"B {self._chain.pieces[index].name}")
 
 
-def order(ahead, back, dense=1):
+def order(ahead, back, dense=1, host_ahead=False):
     log = []
-    halves = [Half(chain, Written(log, chain)) for chain in (Toy(ahead, dense).chain(), Toy(back, dense).chain())]
+    halves = [Half(chain, Written(log, chain, host_ahead)) for chain in (Toy(ahead, dense).chain(), Toy(back, dense).chain())]
     for mark in overlap(*halves, lambda node: log.append("W")):
         log.append(mark)
     return log
@@ -52,6 +52,20 @@ def test_blocks_with_experts_are_figure_4():
         *("B 0.mlp.route", "B 0.attention.post_pre", "B 0.attention.f", "B 0.attention.pre"),
         *("F 1.mlp.sum", "F 1.mlp.post", "output", "gradient", "W", "end"),
     ]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_on_a_device_the_same_order_on_each_queue_and_experts_backward_before_the_host_must_wait(blocks):
+    queues = {piece.name: piece.queue for piece in Toy(blocks, 0).chain().pieces}
+
+    def by_queue(log):
+        names = "compute", "communication", "high"
+        return [[line for line in log if queues.get(line[2:], "compute") == name] for name in names]
+
+    host, device = order(blocks, blocks, dense=0), order(blocks, blocks, dense=0, host_ahead=True)
+    assert by_queue(host) == by_queue(device) and host != device
+    for k in range(blocks):
+        assert device.index(f"B {blocks - 1 - k}.mlp.experts") + 1 == device.index(f"F {k}.mlp.dispatch")
 
 
 def test_dense_blocks_leave_the_exchanges_out():

@@ -1,5 +1,6 @@
 """Bytes kept for a micro-batch: as planned from the sizes, as counted in the first step, and as told to the user."""
 
+import preloaded  # noqa: F401
 import pytest
 import torch
 from processes import run_ranks

@@ -42,13 +42,13 @@ def test_traffic(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
 def test_traffic_at_full_width(tmp_path):
-    check_traffic(report(tmp_path, "--only", "traffic")["traffic"])
+    check_traffic(report(tmp_path, "--only", "traffic", "--tokens", "16")["traffic"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [90, 100])
-def test_compiled_kernels(tmp_path, arch):
-    rows = report(tmp_path, "--only", "compiled", "--arch", str(arch))["compiled"]
+def test_compiled_kernels(tmp_path):
+    """For the H100; for others by hand: python tools/kernel_report.py --only compiled."""
+    rows = report(tmp_path, "--only", "compiled", "--arch", "90")["compiled"]
     for manifold in ("Birkhoff", "Isometric", "Hybrid", "IdentityOffset", "Harmonized"):
         for form in ("coefficients_pre", "post_res_pre", "coefficients_pre backward", "post_res_pre backward"):
             assert any(row["form"] == f"{form} {manifold}" for row in rows)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 
+import preloaded  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist

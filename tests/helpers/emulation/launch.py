@@ -54,6 +54,7 @@ class Launches(TorchDispatchMode):
         self._leaves: dict[int, Stream] = {}  # by address, parameters aside: DDP uses them when it is made
         self._seen = torch.autograd._get_sequence_nr()
         self._backward: _Backward | None = None
+        self._written: set[int] = set()  # addresses of memory made outside
 
     @contextmanager
     def launching(self) -> Iterator[None]:
@@ -94,8 +95,8 @@ class Launches(TorchDispatchMode):
         return self._launch(func, args, kwargs, stream)
 
     def read(self, tensors: list[torch.Tensor], what: str) -> None:
-        """The host wants to know what is in them: it waits for the current stream."""
-        if self.device.active:
+        """The host wants to know what is in them: it waits for the current stream, unless no operation ever wrote to them."""
+        if self.device.active and any(self.memory.block(t) is not None or _address(t) in self._written for t in tensors):
             event = self.device.current.event()
             if not event.done:
                 self.device.until(lambda: event.done, f"{what} on {self.device.current.name}")
@@ -129,6 +130,7 @@ class Launches(TorchDispatchMode):
             return True
 
         self.device.issue(stream, func.__name__, work)
+        self._written.update(_address(t) for t in returned if isinstance(t, torch.Tensor) and memory.block(t) is None)
         if self._backward is not None:
             self._backward.made(memory, stream, [*outputs, *tensors] if _kinds[func].writes else outputs)
         return tree_unflatten(outputs, shape_tree)
@@ -244,6 +246,10 @@ def _is_read(func: Any, args: Any, kwargs: Any) -> bool:
     if func is aten.index.Tensor:
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     return kwargs.get("output_size") is None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _hashable(x: Any) -> Any:

@@ -20,6 +20,8 @@ def never(kind: str, queue: str) -> bool:
 class EmulatedQueue:
     """As `comm.queues.CudaQueue`. skip: asked at every wait, hold and event, with its kind and queue, whether to leave it out."""
 
+    ahead = True
+
     def __init__(self, launches: Launches, stream: Stream, skip: Skip = never) -> None:
         self._launches, self._stream, self._skip = launches, stream, skip
         self._beside: dict[Hashable, EmulatedQueue] = {}

@@ -1,0 +1,24 @@
+"""What the children of `processes.run_ranks` use of Megatron and of ours, imported once: each would spend a second on it."""
+
+# ruff: noqa: F401
+from importlib import import_module
+
+import megatron.core.models.gpt.gpt_layer_specs
+import megatron.core.models.gpt.gpt_model
+import megatron.core.optimizer_param_scheduler
+import megatron.core.pipeline_parallel.schedules
+import megatron_attention
+
+import pipehc.megatron.job.cpu_job
+import pipehc.megatron.job.feedback
+import pipehc.megatron.job.hang
+import pipehc.megatron.job.iteration
+import pipehc.megatron.job.mirror
+import pipehc.megatron.job.model_chunks
+import pipehc.megatron.job.schedule
+import pipehc.megatron.job.spec
+import pipehc.megatron.job.tracing
+import pipehc.megatron.job.wide
+import pipehc.trainer
+
+import_module("megatron.core.models.mimo.optimizer")  # as its optimizers do

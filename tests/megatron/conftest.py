@@ -1,0 +1,1 @@
+import preloaded  # noqa: F401
