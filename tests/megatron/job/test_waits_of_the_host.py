@@ -75,3 +75,37 @@ def test_gradients_are_checked_once_a_step_after_all_sums_have_begun():
         return True
 
     assert run_ranks(step, 1) == [True]
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"ep": 2}], ids=str)
+def test_counts_are_on_the_host_before_experts_read_them(layout):
+    """Upstream copies them while the host goes on, and waits at a point that depends on the layout; with expert parallelism ours."""
+
+    def step(rank):
+        from megatron.core.transformer.moe.moe_layer import MoELayer
+        from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
+
+        job = Job("1f1b", layers=2, **layout)
+        log = []
+
+        def logged(owner, name, when, what):
+            original = getattr(owner, name)
+
+            def method(*args, **given):
+                log.extend([what] * (when == "before"))
+                result = original(*args, **given)
+                log.extend([what] * (when == "after"))
+                return result
+
+            setattr(owner, name, method)
+
+        logged(Dispatcher, "preprocess", "before", "counted")
+        logged(type(torch.cuda.Stream().record_event()), "synchronize", "after", "on the host")
+        logged(torch.Tensor, "tolist", "after", "on the host")
+        logged(MoELayer, "routed_experts_compute", "before", "experts")
+        job.accumulate(0, 2)
+        dispatched = [log[i - 1] for i, what in enumerate(log) if what == "experts"]
+        return log.count("counted"), dispatched
+
+    for counted, before in run_ranks(step, 2):
+        assert counted == 2 and before == ["on the host"] * 2
