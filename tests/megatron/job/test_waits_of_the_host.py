@@ -79,7 +79,7 @@ def test_gradients_are_checked_once_a_step_after_all_sums_have_begun():
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"ep": 2}], ids=str)
 def test_counts_are_on_the_host_before_experts_read_them(layout):
-    """Upstream copies them while the host goes on, and waits at a point that depends on the layout; with expert parallelism ours."""
+    """Upstream copies them while the host goes on, and waits at a point that depends on the layout; with experts on ranks, ours."""
 
     def step(rank):
         from megatron.core.transformer.moe.moe_layer import MoELayer
