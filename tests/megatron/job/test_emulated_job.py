@@ -50,7 +50,7 @@ def run(rank, arguments, seeds, world_size, port):
         with device.launching():
             found = gradients(make_queues(device))
         groups.current = None
-        assert len(found[0]) > 10
+        assert len(found[0]) >= 8  # a stage of one layer has few parameters
         both = [pair for a, b in zip(found, expected) for pair in zip(a, b, strict=True)]
         wrong.append([i for i, (own_value, value) in enumerate(both) if not torch.equal(own_value, value)])
     return wrong
