@@ -39,7 +39,7 @@ def run(rank, overrides, tempers, port, world_size):
 def check(layout, tempers):
     config = tiny_config(*LEAST, *layout)
     world_size = config.parallel.pp * (config.parallel.dp or config.smallest_dp)
-    results = run_ranks(run, world_size, [*LEAST, *layout], tempers, free_port(), world_size, init=False, timeout=550)
+    results = run_ranks(run, world_size, [*LEAST, *layout], tempers, free_port(), world_size, init=False, timeout=300 + 60 * len(tempers))
     for found, _ in results:
         assert found == [[]] * len(tempers), [(temper, names[:3]) for temper, names in zip(tempers, found) if names]
     return [waits for _, waits in results]
@@ -70,12 +70,16 @@ LAYOUTS = {
 }
 
 
+SEEDS = int(os.environ.get("EMULATED_SEEDS", "2"))
+
+
 def test_gradients_on_a_device():
     check(LAYOUTS["dualpipe"], seeds(3))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400 + 60 * SEEDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_for_many_seeds(layout):
     """The more seeds the better: EMULATED_SEEDS=46 pytest tests/test_emulated_device.py, for all layouts, are 506."""
-    check(LAYOUTS[layout], seeds(int(os.environ.get("EMULATED_SEEDS", "2")), first=3 * list(LAYOUTS).index(layout)))
+    check(LAYOUTS[layout], seeds(SEEDS, first=3 * list(LAYOUTS).index(layout)))
