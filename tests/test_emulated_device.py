@@ -39,7 +39,8 @@ def run(rank, overrides, tempers, port, world_size):
 def check(layout, tempers):
     config = tiny_config(*LEAST, *layout)
     world_size = config.parallel.pp * (config.parallel.dp or config.smallest_dp)
-    results = run_ranks(run, world_size, [*LEAST, *layout], tempers, free_port(), world_size, init=False, timeout=300 + 60 * len(tempers))
+    given = [*LEAST, *layout], tempers, free_port(), world_size
+    results = run_ranks(run, world_size, *given, init=False, timeout=300 + 60 * len(tempers))
     for found, _ in results:
         assert found == [[]] * len(tempers), [(temper, names[:3]) for temper, names in zip(tempers, found) if names]
     return [waits for _, waits in results]
