@@ -113,7 +113,7 @@ def _first_failure(processes: Sequence[BaseProcess], folder: Path, may_die: Coll
     """The cause rather than its echoes: ranks that died by a signal, else the first traceback to be written."""
     codes = [(rank, process.exitcode or 0) for rank, process in enumerate(processes)]
     killed = [
-        f"rank {rank} ended by signal {-code}\n{(folder / f'{rank}.stacks').read_text()}"
+        f"rank {rank} ended by signal {-code}\n{_written_stacks(folder, rank)}"
         for rank, code in codes
         if code < 0 and rank not in may_die
     ]
@@ -128,7 +128,13 @@ def _stacks(running: Mapping[int, BaseProcess], folder: Path) -> str:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.5)
-    return "\n".join(f"rank {rank}:\n{(folder / f'{rank}.stacks').read_text()}" for rank in running)
+    return "\n".join(f"rank {rank}:\n{_written_stacks(folder, rank)}" for rank in running)
+
+
+def _written_stacks(folder: Path, rank: int) -> str:
+    """Nothing for one that ended before it could write."""
+    path = folder / f"{rank}.stacks"
+    return path.read_text() if path.exists() else ""
 
 
 def _result(folder: Path, rank: int) -> Any:
