@@ -50,8 +50,8 @@ def pair_order(ahead: Sequence[str], back: Sequence[str], host_ahead: bool = Fal
     ahead, back: the nodes of the stage of the forward and of that of the backward, BLOCK.KIND, both in forward order. host_ahead:
     the host issues work to a device (see above). Yields F and B with the node whose forward or backward is next, W with the node
     at whose turn the weight gradients owed so far are computed; between them "output" when the forward is issued, "gradient" when
-    the input gradient of the backward is, and "end" when all is;
-    the first two in the order in which they come. A half with more blocks has the rest of them to itself.
+    the input gradient of the backward is, and "end" when all is; the first two in the order in which they come. A half with more
+    blocks has the rest of them to itself.
     """
     forwards, backwards = blocks(ahead), blocks(back)[::-1]
 

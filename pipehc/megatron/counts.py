@@ -71,6 +71,6 @@ class Counts:
         return self._splits
 
     def _numbers(self) -> list[int]:
-        """A list: the memory that was copied to is used again."""
+        """All of them, in the order of `_shapes`, when the copy has come."""
         found: list[int] = self._fetch().tolist()
         return found
