@@ -203,7 +203,7 @@ class _Backward:
 
     def order(self, device: Device, memory: Memory, stream: Stream, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
-            event = self._made.get(tensor.untyped_storage().data_ptr())
+            event = self._made.get(_address(tensor))
             if event is not None and event.stream is not stream:
                 device.wait(stream, event)
                 memory.hold(tensor, stream)
@@ -211,7 +211,7 @@ class _Backward:
     def made(self, memory: Memory, stream: Stream, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
-                self._made[tensor.untyped_storage().data_ptr()] = stream.event()
+                self._made[_address(tensor)] = stream.event()
 
     def end(self, device: Device) -> None:
         for stream in self._leaves:
