@@ -4,11 +4,10 @@ those of the same program on the host."""
 import itertools
 import os
 
+import preloaded  # noqa: F401
 import pytest
 from processes import free_port, run_ranks
 from tiny_model import tiny_config
-
-import pipehc.trainer  # noqa: F401 (imported once, for all children)
 
 LEAST = (
     "model.blocks=2", "model.experts=2", "model.experts_active=1",
@@ -47,7 +46,7 @@ def check(layout, tempers):
 
 
 def seeds(count, first=0):
-    """Of many kinds: one in two stops for an idle device now and then, some have few hardware queues. From any on."""
+    """Of many kinds: one in two stops for an idle device now and then, some have few hardware queues. From number `first` on."""
     kinds = itertools.cycle(itertools.product((0.003, 0.0), (None, 1, None, 3)))
     tempers = ({"idle": idle, "hardware_queues": queues} for idle, queues in kinds)
     all_of_them = ((k, temper | {"ahead": AHEAD[k * 5 // 8 % 4]}) for k, temper in enumerate(tempers))

@@ -1,11 +1,10 @@
 """What the host waits for while it issues an overlapped pair, counted on the emulated device: to know how many tokens go where,
 after it has given the compute queue the experts' backward; and for nothing else."""
 
+import preloaded  # noqa: F401
 from processes import free_port, run_ranks
 from test_emulated_device import DUALPIPE, LEAST
 from tiny_model import tiny_config
-
-import pipehc.trainer  # noqa: F401 (imported once, for all children)
 
 OVERRIDES = (*LEAST, *DUALPIPE, "parallel.ep=2", "model.blocks=4", "train.global_batch=8")
 

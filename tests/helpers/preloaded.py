@@ -5,6 +5,7 @@ from importlib import import_module
 
 import megatron.core.models.gpt.gpt_layer_specs
 import megatron.core.models.gpt.gpt_model
+import megatron.core.optimizer
 import megatron.core.optimizer_param_scheduler
 import megatron.core.pipeline_parallel.schedules
 import megatron_attention

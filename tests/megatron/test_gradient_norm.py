@@ -1,7 +1,5 @@
 """The gradient norm: the value that Megatron computes, and one look at the device for all parameters."""
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.optimizer  # noqa: F401
 import pytest
 import torch
 from processes import run_ranks

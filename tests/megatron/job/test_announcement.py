@@ -4,8 +4,6 @@ import contextlib
 import io
 from types import SimpleNamespace
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.optimizer  # noqa: F401
 import pytest
 from megatron.core import rerun_state_machine
 from megatron_job import Job

@@ -2,8 +2,6 @@
 
 import copy
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.optimizer
 import megatron.training.training  # noqa: F401 (imported once, for all children)
 import megatron_job
 import pytest

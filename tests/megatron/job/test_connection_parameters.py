@@ -2,8 +2,6 @@
 
 import multiprocessing
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.optimizer  # noqa: F401
 import megatron_job
 import pytest
 import torch

@@ -9,7 +9,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import megatron.core.models.gpt.gpt_model  # noqa: F401  (imported once, for all children)
 import pytest
 from processes import run_ranks
 

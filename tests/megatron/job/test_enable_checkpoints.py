@@ -2,8 +2,6 @@
 
 import re
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.pipeline_parallel.schedules  # noqa: F401
 import pytest
 from megatron_job import initialize, model_config, provider
 from processes import run_ranks

@@ -4,8 +4,6 @@ import os
 import time
 from functools import partial
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.pipeline_parallel.schedules  # noqa: F401 (imported once, for all children)
 import pytest
 from megatron_job import Job, forward_step
 from processes import run_ranks

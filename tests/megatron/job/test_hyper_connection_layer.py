@@ -6,8 +6,6 @@ attention, the FFN or its experts, and the maps H_pre, H_post, H_res from their 
 
 import math
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.optimizer  # noqa: F401
 import megatron_job
 import pytest
 import torch

@@ -3,8 +3,6 @@ schedules every gradient is that of the same job under Megatron's own, twice to 
 
 from itertools import combinations, product
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.pipeline_parallel.schedules  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist

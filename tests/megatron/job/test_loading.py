@@ -5,8 +5,6 @@ import io
 import multiprocessing
 import warnings
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.optimizer  # noqa: F401
 import megatron_job
 import pytest
 from processes import run_ranks

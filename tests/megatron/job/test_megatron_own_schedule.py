@@ -5,8 +5,6 @@ The schedules free what they have sent, and the messages are n times as wide as 
 
 import functools
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.optimizer  # noqa: F401
 import megatron_job
 import pytest
 from processes import run_ranks

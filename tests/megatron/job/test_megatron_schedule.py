@@ -2,8 +2,6 @@
 
 from functools import partial
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.pipeline_parallel.schedules  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist

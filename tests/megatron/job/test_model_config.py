@@ -1,6 +1,5 @@
 """Jobs that give Megatron a configuration of their model: its builder goes by the configuration of DDP beside it."""
 
-import megatron.core.models.gpt.gpt_model  # noqa: F401
 import pytest
 from processes import run_ranks
 from test_enable import PP2, VPP2, assert_same, losses, pretrain

@@ -6,7 +6,6 @@ import re
 import sys
 from types import SimpleNamespace
 
-import megatron.core.models.gpt.gpt_model
 import megatron.training.training
 import pytest
 import torch

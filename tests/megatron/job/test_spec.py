@@ -3,8 +3,6 @@
 from copy import copy
 from dataclasses import replace
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.optimizer  # noqa: F401
 import megatron_job
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Weight decay of hyper-connections in jobs, whose optimizer goes by Megatron's rule: what our trainer's does."""
 
-import megatron.core.models.gpt.gpt_model
-import megatron.core.pipeline_parallel.schedules  # noqa: F401
 import pytest
 from megatron_job import Job
 from processes import run_ranks
