@@ -19,3 +19,13 @@ if not torch.cuda.is_available():
 def _own_cache(tmp_path_factory):
     """Nothing is taken from the user's cache, and nothing left there."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The configuration of `tests/helpers/one_step.py`, as a file."""
+    from one_step import TINY
+
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return path

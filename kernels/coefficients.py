@@ -11,7 +11,7 @@ from pipehc.kernels.backend import backend_of
 from pipehc.kernels.differentiation import matmul
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.mapping import Mapping
-from pipehc.kernels.shapes import NORM_EPS, check_others, check_shape, check_streams, coefficient_dtype
+from pipehc.kernels.shapes import check_others, check_shape, check_streams, coefficient_dtype
 
 MAPS = ("pre", "post", "res")
 
@@ -92,10 +92,10 @@ def _logits(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, manifold: Manif
     if manifold.per_stream:
         # [T, n + 2, n]: entry (row of the map, stream) is column row * n + stream.
         product = matmul(x.flatten(0, 1), phi).unflatten(0, (-1, n)).mT.flatten(1)
-        inverse_rms = torch.rsqrt(x.square().mean(-1) + NORM_EPS).repeat(1, n + 2)
+        inverse_rms = torch.rsqrt(x.square().mean(-1) + manifold.norm_eps).repeat(1, n + 2)
         product = torch.tanh(product * inverse_rms)
     else:
         flat = x.flatten(1)
-        product = matmul(flat, phi) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS)
+        product = matmul(flat, phi) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + manifold.norm_eps)
     counts = torch.tensor([n, n, n * n], device=alpha.device)
     return torch.addcmul(bias, product, alpha.repeat_interleave(counts, output_size=n * n + 2 * n))

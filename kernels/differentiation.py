@@ -55,3 +55,9 @@ def once[**P, R](backward: Callable[P, R]) -> Callable[P, R]:
         return backward(*args, **kwargs)
 
     return checked
+
+
+def watch_gradient(x: Tensor, on_gradient: Callable[[Tensor], None] | None) -> None:
+    """Has `on_gradient` called in the backward with the whole gradient of x, if x has one."""
+    if on_gradient is not None and x.requires_grad:
+        x.register_hook(on_gradient)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Concatenate
@@ -52,8 +52,8 @@ def launches[**P, R](function: Callable[Concatenate[Tensor, P], R]) -> Callable[
     return on_its_device
 
 
-Noting = Callable[[str, Sequence[Any]], AbstractContextManager[object]]
-"""Told the name of a kernel and its arguments by position; the kernel runs inside of what it returns."""
+Noting = Callable[[str, Mapping[str, Any]], AbstractContextManager[object]]
+"""Told the name of a kernel and, in order and by name, its arguments at run time; the kernel runs inside of what it returns."""
 
 _noting: list[Noting] = []
 
@@ -70,6 +70,6 @@ def noting(note: Noting) -> Iterator[None]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launches a kernel: the only place that does. On meta tensors, which have no data, it is noted and not launched."""
-    with _noting[-1](kernel.fn.__name__, args) if _noting else nullcontext():
+    with _noting[-1](kernel.fn.__name__, dict(zip(kernel.arg_names, args))) if _noting else nullcontext():
         if not args[0].is_meta:
             kernel[grid](*args, **options)

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="assignment,misc"
-"""Gradients of phi, alpha, bias and the manifold's scalar in two stages: every group of tokens writes its share, then a second
-launch adds the shares up in order. No atomics, so equal bits on every run."""
+"""Gradients of phi, alpha, bias, the manifold's scalar and the norm's weight in two stages: programs write shares, then one launch
+adds them up in order. No atomics, so equal bits on every run."""
 
 from pipehc.kernels.language import tl, triton
 from pipehc.kernels.maps import tanh
@@ -8,15 +8,14 @@ from pipehc.kernels.projection import columns_of
 from pipehc.kernels.tiles import at_token
 
 
-@triton.jit
-def store_phi_share(
+@triton.jit(do_not_specialize=["T", "STEPS"])
+def phi_gradient_kernel(
     x,
     d_product,
-    share,
-    token,
+    shares,
     T,
     C,
-    BLOCKS,
+    STEPS,
     n: tl.constexpr,
     PADDED: tl.constexpr,
     BT: tl.constexpr,
@@ -24,27 +23,27 @@ def store_phi_share(
     PER_STREAM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Third sweep of the backward: x^T d_product over BLOCKS blocks of tokens, in the shape of phi."""
+    """x^T d_product of BC channels of a stream, all of them where they share phi, over STEPS times BT tokens: to `shares`
+    [spans of tokens, *phi]. The last tokens first, which the launch before has left in L2."""
     K: tl.constexpr = n * n + 2 * n
     WIDTH: tl.constexpr = n + 2 if PER_STREAM else K
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    j = tl.program_id(1)
+    span = tl.num_programs(2) - 1 - tl.program_id(2)
     k = tl.arange(0, PADDED)[None, :]
-    x, d_product = at_token(x, token, n * C), at_token(d_product, token, K)
-    for first in range(0, C, BC):
-        c = first + tl.arange(0, BC)
-        total = tl.zeros([BC, PADDED], tl.float32)
-        for j in range(n):
-            entry, valid = columns_of(j, n, PADDED, PER_STREAM)
-            for block in range(BLOCKS):
-                t = block * BT + tl.arange(0, BT)[:, None]
-                tokens = t < T - token
-                stream = tl.load(x + t * (n * C) + j * C + c[None, :], mask=tokens & (c < C)[None, :], other=0.0)
-                grad = tl.load(d_product + t * K + entry, mask=tokens & valid, other=0.0)
-                total = tl.dot(tl.trans(stream.to(tl.float32)), grad, total, input_precision=PRECISION)
-            if not PER_STREAM:
-                tl.store(share + (j * C + c)[:, None] * WIDTH + k, total, mask=(c < C)[:, None] & (k < WIDTH))
-                total = tl.zeros([BC, PADDED], tl.float32)
-        if PER_STREAM:
-            tl.store(share + c[:, None] * WIDTH + k, total, mask=(c < C)[:, None] & (k < WIDTH))
+    t = tl.arange(0, BT)[:, None]
+    total = tl.zeros([BC, PADDED], tl.float32)
+    for step in range(STEPS):
+        token = (span * STEPS + step) * BT
+        tokens = t < T - token
+        rows = at_token(x, token, n * C) + t * (n * C) + c[None, :]
+        for i in tl.static_range(n if PER_STREAM else 1):
+            entry, valid = columns_of(i, n, PADDED, PER_STREAM)
+            stream = tl.load(rows + (j + i) * C, mask=tokens & (c < C)[None, :], other=0.0)
+            grad = tl.load(at_token(d_product, token, K) + t * K + entry, mask=tokens & valid, other=0.0)
+            total = tl.dot(tl.trans(stream.to(tl.float32)), grad, total, input_precision=PRECISION)
+    shares += span.to(tl.int64) * ((C if PER_STREAM else n * C) * WIDTH)
+    tl.store(shares + (j * C + c)[:, None] * WIDTH + k, total, mask=(c < C)[:, None] & (k < WIDTH))
 
 
 @triton.jit
@@ -55,7 +54,6 @@ def store_small_share(
     share,
     token,
     T,
-    BLOCKS,
     n: tl.constexpr,
     BT: tl.constexpr,
     PER_STREAM: tl.constexpr,
@@ -65,59 +63,68 @@ def store_small_share(
     ALL: tl.constexpr = triton.next_power_of_2(K)
     product, d_logits = at_token(product, token, K), at_token(d_logits, token, K)
     k = tl.arange(0, ALL)
-    grad_bias = tl.zeros([BT, ALL], tl.float32)
-    grad_alpha = tl.zeros([BT, ALL], tl.float32)
-    grad_number = tl.zeros([BT, 1], tl.float32)
-    for block in range(BLOCKS):
-        t = block * BT + tl.arange(0, BT)[:, None]
-        there = (t < T - token) & (k < K)[None, :]
-        grad = tl.load(d_logits + t * K + k[None, :], mask=there, other=0.0)
-        u = tl.load(product + t * K + k[None, :], mask=there, other=0.0)
-        grad_bias += grad
-        grad_alpha += grad * (tanh(u) if PER_STREAM else u)
-        if d_scalar is not None:
-            grad_number += tl.load(at_token(d_scalar, token, 1) + t, mask=t < T - token, other=0.0)
-    tl.store(share + k, tl.sum(grad_bias, 0), mask=k < K)
-    tl.store(share + K + k, tl.sum(grad_alpha, 0), mask=k < K)
-    tl.store(share + 2 * K, tl.sum(tl.sum(grad_number, 1), 0))
+    t = tl.arange(0, BT)[:, None]
+    there = (t < T - token) & (k < K)[None, :]
+    grad = tl.load(d_logits + t * K + k[None, :], mask=there, other=0.0)
+    u = tl.load(product + t * K + k[None, :], mask=there, other=0.0)
+    tl.store(share + k, tl.sum(grad, 0), mask=k < K)
+    tl.store(share + K + k, tl.sum(grad * (tanh(u) if PER_STREAM else u), 0), mask=k < K)
+    number = tl.zeros([BT, 1], tl.float32)
+    if d_scalar is not None:
+        number += tl.load(at_token(d_scalar, token, 1) + t, mask=t < T - token, other=0.0)
+    tl.store(share + 2 * K, tl.sum(tl.sum(number, 1), 0))
 
 
-@triton.jit(do_not_specialize=["PARTS"])
+@triton.jit
+def sum_shares(shares, k, PARTS, WIDTH, ROWS: tl.constexpr):
+    """Columns k of the sum of `shares` [PARTS, WIDTH], ROWS of them at a time: one after the other each would wait for memory."""
+    total = tl.zeros([ROWS, k.shape[0]], tl.float32)
+    row = tl.arange(0, ROWS)[:, None]
+    for first in range(0, PARTS, ROWS):
+        part = first + row
+        total += tl.load(shares + part.to(tl.int64) * WIDTH + k[None, :], mask=(part < PARTS) & (k < WIDTH)[None, :], other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["PHI_PARTS", "SMALL_PARTS", "WEIGHT_PARTS"])
 def parameter_sum_kernel(
     phi_shares,
     small_shares,
+    weight_shares,
     d_phi,
     d_alpha,
     d_bias,
     d_number,
-    PARTS,
+    d_weight,
+    PHI_PARTS,
+    SMALL_PARTS,
+    WEIGHT_PARTS,
     SIZE,
+    C,
     n: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums over the groups, in order. The last program has the small parameters, the others a block of phi each."""
-    K: tl.constexpr = n * n + 2 * n
-    ALL: tl.constexpr = triton.next_power_of_2(K)
+    """Sums over the shares, always in the same order. The first program has the small parameters; the next ones BLOCK entries of
+    the norm's weight each, unless that is None, and the rest 8 BLOCK entries of phi each."""
     program = tl.program_id(0)
-    if program < tl.num_programs(0) - 1:
-        at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
-        pointer = phi_shares + at
-        for _ in range(PARTS):
-            total += tl.load(pointer, mask=at < SIZE, other=0.0)
-            pointer += SIZE
-        tl.store(d_phi + at, total, mask=at < SIZE)
+    before_phi = 1
+    if weight_shares is not None:
+        before_phi += tl.cdiv(C, BLOCK)
+    if program >= before_phi:
+        of_phi = (program - before_phi) * (8 * BLOCK) + tl.arange(0, 8 * BLOCK)
+        tl.store(d_phi + of_phi, sum_shares(phi_shares, of_phi, PHI_PARTS, SIZE, 4), mask=of_phi < SIZE)
+    elif program > 0:
+        if weight_shares is not None:
+            c = (program - 1) * BLOCK + tl.arange(0, BLOCK)
+            of_weight = sum_shares(weight_shares, c, WEIGHT_PARTS, C, 32)
+            tl.store(d_weight + c, of_weight.to(d_weight.dtype.element_ty), mask=c < C)
     else:
+        K: tl.constexpr = n * n + 2 * n
+        ALL: tl.constexpr = triton.next_power_of_2(2 * K + 1)
         k = tl.arange(0, ALL)
-        grad_bias = tl.zeros([ALL], tl.float32)
-        grad_alpha = tl.zeros([ALL], tl.float32)
-        grad_number = tl.zeros([ALL], tl.float32)
-        for part in range(PARTS):
-            share = small_shares + part * (2 * K + 1)
-            grad_bias += tl.load(share + k, mask=k < K, other=0.0)
-            grad_alpha += tl.load(share + K + k, mask=k < K, other=0.0)
-            grad_number += tl.load(share + 2 * K + k, mask=k < 1, other=0.0)
-        tl.store(d_bias + k, grad_bias, mask=k < K)
-        for part in tl.static_range(3):
-            tl.store(d_alpha + part, tl.sum(tl.where(tl.minimum(k // n, 2) == part, grad_alpha, 0.0), 0))
-        tl.store(d_number, tl.sum(grad_number, 0))
+        total = sum_shares(small_shares, k, SMALL_PARTS, 2 * K + 1, 4096 // ALL)
+        tl.store(d_bias + k, total, mask=k < K)
+        part = tl.minimum(tl.maximum(k - K, 0) // n, 2)
+        for one in tl.static_range(3):
+            tl.store(d_alpha + one, tl.sum(tl.where((k >= K) & (k < 2 * K) & (part == one), total, 0.0), 0))
+        tl.store(d_number, tl.sum(tl.where(k == 2 * K, total, 0.0), 0))

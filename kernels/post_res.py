@@ -11,24 +11,27 @@ from torch import Tensor
 from pipehc.kernels.backend import backend_of
 from pipehc.kernels.differentiation import matmul, once
 from pipehc.kernels.language import launch, launches, tl, triton
-from pipehc.kernels.link import Link, claim
+from pipehc.kernels.link import claim
 from pipehc.kernels.pre import launch_pre
 from pipehc.kernels.shapes import check_others, check_shape, check_streams, coefficient_dtype
 from pipehc.kernels.tiles import block_channels, fold, load_columns, load_tiles, store_rounded, zeros
 
 
-def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, *, result: bool = True) -> Tensor:
     """x' [T, n, C] in the dtype of x, from streams x [T, n, C], the sub-layer's output f [T, C], h_post [T, n] and h_res [T, n, n].
 
     Stream i of the result is the sum over j of h_res[i, j] x[j], plus h_post[i] f, summed in fp32; f may have another dtype than x,
     as under autocast. In Triton, with H_post and H_res
     straight from `coefficients_pre` or `post_res_pre` of the same x, most of the backward is left to that operation (link.py).
+
+    result: False where only the backward is wanted; a backend that need not compute x' for it then leaves its contents open.
     """
     check_post_res(x, f, h_post, h_res)
     if backend_of(x, x.shape[1]) == "reference":
         return post_res_reference(x, f, h_post, h_res)
-    link = claim(x, h_post, h_res) if torch.is_grad_enabled() else None
-    x_next: Tensor = _PostRes.apply(x, f, h_post, h_res, link)
+    link = claim(x, f, h_post, h_res) if torch.is_grad_enabled() else None
+    linked = (None, None) if link is None else (link.x_next, link.f)
+    x_next: Tensor = _PostRes.apply(x, f, h_post, h_res, *linked, result)
     return x_next
 
 
@@ -130,23 +133,31 @@ def launch_post_res_backward(
 
 class _PostRes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, link: Link | None) -> Tensor:
-        ctx.dtypes, ctx.link = (h_post.dtype, h_res.dtype), link
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        f: Tensor,
+        h_post: Tensor,
+        h_res: Tensor,
+        linked_x_next: Tensor | None,
+        linked_f: Tensor | None,
+        result: bool,
+    ) -> Tensor:
+        ctx.dtypes, ctx.linked = (h_post.dtype, h_res.dtype, x.dtype), linked_x_next is not None
         x, f, h_post, h_res = x.contiguous(), f.contiguous(), h_post.float().contiguous(), h_res.float().contiguous()
         # A link leaves x and H_res to the operation it is linked to.
-        ctx.save_for_backward(*((f, h_post) if link is not None else (f, h_post, x, h_res)))
-        return launch_post_res(x, f, h_post, h_res)
+        ctx.save_for_backward(*((f, h_post) if ctx.linked else (f, h_post, x, h_res)))
+        return launch_post_res(x, f, h_post, h_res) if result else x.new_empty_strided(x.shape, (0, 0, 0))
 
     @staticmethod
     @once
     def backward(ctx: Any, d_x_next: Tensor) -> tuple[Tensor | None, ...]:
         d_x_next = d_x_next.contiguous()
         f, h_post, *rest = ctx.saved_tensors
-        dtype_post, dtype_res = ctx.dtypes
-        if ctx.link is None:
+        dtype_post, dtype_res, dtype_x = ctx.dtypes
+        if not ctx.linked:
             x, h_res = rest
             d_x, d_f, d_post, d_res = launch_post_res_backward(d_x_next, x, f, h_post, h_res)
-            return d_x, d_f, d_post.to(dtype_post), d_res.to(dtype_res), None
+            return d_x, d_f, d_post.to(dtype_post), d_res.to(dtype_res), None, None, None
         d_f = launch_pre(d_x_next, h_post, f.dtype)  # f is one stream's worth of x': the same sum over streams
-        ctx.link.deliver(d_x_next, f)
-        return None, d_f, None, None, None
+        return None, d_f, None, None, d_x_next, f.detach().to(dtype_x), None

@@ -4,9 +4,6 @@ columns, held in registers; a *tile* is a block of one stream, [BT, BC]."""
 
 from pipehc.kernels.language import tl, triton
 
-MAX_REGISTERS = 128
-"""Of a thread: a quarter of a multiprocessor's registers for each program of four warps."""
-
 
 @triton.jit
 def at_token(pointer, token, width):
@@ -31,6 +28,15 @@ def load_tiles(pointer, t, c, C, mask, n: tl.constexpr):
     out = ()
     for j in tl.static_range(n):
         out += (tl.load(pointer + t * (n * C) + j * C + c, mask=mask, other=0.0),)
+    return out
+
+
+@triton.jit
+def aggregate(streams, weights, n: tl.constexpr):
+    """[BT, BC], fp32: the sum of n tiles with n columns as weights."""
+    out = weights[0] * streams[0].to(tl.float32)
+    for j in tl.static_range(1, n):
+        out += weights[j] * streams[j].to(tl.float32)
     return out
 
 
@@ -95,3 +101,13 @@ def store_rounded(pointer, value, mask):
 def block_channels(n: int) -> int:
     """Channels of one tile of 16 tokens: eight per thread of four warps, half of that for more than four streams."""
     return 64 if n <= 4 else 32
+
+
+def row_channels(n: int, tokens: int) -> int:
+    """As `block_channels`, of a tile of so many tokens."""
+    return 16 * block_channels(n) // tokens
+
+
+def max_registers(n: int) -> int:
+    """Of a thread, so that a multiprocessor holds sixteen warps; eight for more than four streams."""
+    return 128 if n <= 4 else 255

@@ -43,6 +43,8 @@ class DryTrainer(Trainer):
         # Its hardware has links between devices; and what has no data cannot be copied to the host.
         runtime = config.runtime.model_copy(update={"transport": "device"})
         super().__init__(config.model_copy(update={"runtime": runtime}), schedule)
+        if self.groups.tp_size > 1:
+            tracker.tensor_parallel = self.groups.tp.group_name
         self.queues = dict.fromkeys(("compute", "high", "communication"), IssueQueue())
         self.observers.append(Observer(tracker))
         if self._gain is not None:  # its small product of all maps is made on the host
@@ -60,14 +62,17 @@ class DryTrainer(Trainer):
         """The program of a GPU."""
         return True
 
+    def is_diagnosed(self, step: int) -> bool:
+        return False
+
     def microbatch(self, split: Any, sampler: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (self.config.train.micro_batch, self.config.train.sequence_length)
+        shape = (self.config.train.micro_batch, self.config.train.sequence_length)  # all of it, whatever tp is
         tokens, labels = (torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in range(2))
         return tokens, labels
 
-    def mean_loss(self, losses: list[torch.Tensor], tokens_in_all: int, step: int) -> float:
+    def mean_losses(self, losses: list[torch.Tensor], counted: int, step: int, entries: int = 1) -> list[float]:
         self.pipeline_peak = self._tracker.turn(Where("optimizer"))
-        return 0.0
+        return [0.0] * entries
 
     def _on_host(self, work: Callable[[], float]) -> float:
         with self._tracker.entered(Where("host")):

@@ -44,10 +44,11 @@ def search_layouts(config: Config, wanted: Question, confirmed: int = CONFIRMED)
     checks, or none that fits.
     """
     begun, gpus, memory_gib, hardware = monotonic(), wanted.gpus, wanted.memory_gib, wanted.hardware
-    there = list(layouts(config, gpus))
+    there, tp = list(layouts(config, gpus)), config.parallel.tp
     if not there:
+        sizes = "pp x dp" if tp == 1 else f"pp x dp x {tp} (parallel.tp)"
         raise ConfigError(
-            f"--gpus {gpus}: no layout passes the checks of a configuration: pp x dp must be {gpus}, pp at most model.blocks = "
+            f"--gpus {gpus}: no layout passes the checks of a configuration: {sizes} must be {gpus}, pp at most model.blocks = "
             f"{config.model.blocks}, and micro_batch x dp must divide train.global_batch = {config.train.global_batch}"
         )
     candidates, rejected = _candidates(there, config, wanted)

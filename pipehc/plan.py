@@ -77,12 +77,14 @@ def show(plan: dict[str, Any], console: Console) -> None:
     counts, parallel = plan["parameters"], plan["parallel"]
     assumed = " (the smallest; parallel.dp is null)" if parallel["dp_assumed"] else ""
     summary = Table.grid(padding=(0, 2))
+    cut = parallel["tp"] > 1
     for name, text in (
         (
             "parameters",
             f"{human(counts['total'])} total, {human(counts['active'])} active, {human(counts['vocabulary'])} vocabulary",
         ),
         ("processes", f"{plan['world_size']} = pp {parallel['pp']} x tp {parallel['tp']} x dp {parallel['dp']}{assumed}"),
+        *([("attention, FFN", f"cut over tp {parallel['tp']}, vocabulary too; every sequence as well")] if cut else []),
         ("experts", f"cut over ep {parallel['ep']} of the dp x tp processes of a stage"),
         ("schedule", f"{plan['schedule']}, {plan['stages']} stages, {plan['microbatches']} micro-batches a step"),
         ("tokens", f"{human(plan['tokens_per_step'])} a step, {human(plan['tokens'])} in all"),

@@ -26,7 +26,7 @@ from pipehc.config.messages import show
 from pipehc.config.schema import Config
 from pipehc.config.strict_yaml import ConfigError
 from pipehc.data.batches import DataInfo
-from pipehc.watch.metrics import METRICS
+from pipehc.watch.metrics import DIAGNOSTICS, METRICS
 
 if TYPE_CHECKING:
     from pipehc.trainer import Trainer
@@ -106,13 +106,19 @@ def make_room(start: Start, config: Config, checkpoints: Checkpoints, ranks: Ran
     """Sets aside what another course left in the run folder, lest it be pruned as old checkpoints of this one. Collective."""
     if start.own or config.checkpoint.resume == "auto":
         return
-    metrics = checkpoints.folder.parent / METRICS
+    files = [checkpoints.folder.parent / name for name in (METRICS, DIAGNOSTICS)]
     if start.path is not None and not start.weights_only and checkpoints.folder.resolve() in start.path.resolve().parents:
         if checkpoints.set_aside_later_than(start.path):  # a run that goes back
-            ranks.on_main(lambda: metrics.is_file() and shutil.copy(metrics, free_name(metrics)))
+            for file in files:
+                ranks.on_main(partial(_copy_aside, file))
         return
-    for path in (checkpoints.folder, metrics):
+    for path in (checkpoints.folder, *files):
         ranks.on_main(partial(set_aside, path))
+
+
+def _copy_aside(file: Path) -> None:
+    if file.is_file():
+        shutil.copy(file, free_name(file))
 
 
 def _choose(config: Config, newest: Path | None, data: DataInfo, job: str | None) -> Start:

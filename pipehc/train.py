@@ -40,6 +40,7 @@ from pipehc.planning.activations import as_metrics, describe
 from pipehc.resume import Start, choose, load, make_room
 from pipehc.watch.metrics import Reporter
 from pipehc.watch.run_folder import RunFolder
+from pipehc.watch.stream_warnings import StreamWarnings
 
 _SHOW_CURSOR = b"\x1b[?25h\n"  # the progress bar hides it, and nobody else shows it again when a signal ends the process
 
@@ -126,6 +127,7 @@ def own_gpu(config: Config, environment: Mapping[str, str], gpus: int) -> int:
 def train(config: Config, progress: Progress) -> None:
     """The training loop of one process."""
     # Megatron takes seconds to import: a wrong configuration should not have to wait for it.
+    from pipehc.megatron.trainer.capabilities import capabilities, described
     from pipehc.trainer import Trainer, TrainingError
     from pipehc.watch.markers import Markers
 
@@ -152,18 +154,25 @@ def train(config: Config, progress: Progress) -> None:
     sampler = Sampler(len(splits.train), train.seed)
 
     _warn()
-    with Reporter(folder, train.steps, start, config.run.tensorboard, ranks.is_main, to_yaml(config)) as reporter:
+    diagnosed = config.diagnostics.interval > 0
+    troubles = StreamWarnings(config.diagnostics.gain_bound)
+    reported = folder, train.steps, start, config.run.tensorboard, ranks.is_main, to_yaml(config)
+    with Reporter(*reported, diagnostics=diagnosed) as reporter:
         reporter.say(_greeting(config, splits, begin, start, dist.get_world_size(), trainer.schedule_origin))
+        for line in reporter.earlier_streams:
+            troubles.look(line)
+        reporter.say(described(capabilities(config, list(trainer.models.values()))))
 
         def evaluate(step: int) -> None:
             progress.doing = f"in the evaluation after step {step}"
             with watchdog.limited(progress.doing):
                 trainer.check_replicas()
-                loss = trainer.evaluate(splits.validation, step)
-            reporter.evaluation(step, loss)
+                found = trainer.evaluate(splits.validation, step)
+            reporter.evaluation(step, found.loss, found.accuracy)
 
         if config.evaluation.interval and start == 0:
             evaluate(0)
+        warned = False
         for step in range(start + 1, train.steps + 1):
             progress.doing = f"in step {step}"
             if _launcher() != launcher:
@@ -171,6 +180,14 @@ def train(config: Config, progress: Progress) -> None:
             began = time.perf_counter()
             with watchdog.limited(progress.doing), trainer.recorded(step, folder / "trace"):
                 result = trainer.step(step, splits.train, sampler)
+            if not warned and (warned := may_come_of_empty_tokens(result.grad_norm, config)):
+                reporter.warn(
+                    f"gradient norm {result.grad_norm:.1e} in step {step}: where all streams of a token are zero, gradients are "
+                    f"divided by the root of residual.norm_eps = {config.residual.norm_eps:g}; residual.norm_eps=1e-6 bounds them"
+                )
+            if result.streams is not None:
+                shape = {"kind": config.residual.kind, "streams": config.residual.width, "sublayers": 2 * config.model.blocks}
+                reporter.streams(step, shape | {"loss": result.loss} | result.streams, troubles.look(result.streams))
             tokens_per_s = train.global_batch * train.sequence_length / (time.perf_counter() - began)
             more = dict(result.figures)
             if step == start + 1:
@@ -178,9 +195,7 @@ def train(config: Config, progress: Progress) -> None:
                 reporter.say("\n".join(describe(*item) for item in sorted(saved.items())))
                 more |= as_metrics(saved)
             if step % config.run.log_interval == 0 or step in (start + 1, train.steps):
-                reporter.step(
-                    step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr, tokens_per_s=tokens_per_s, **more
-                )
+                reporter.step(step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr, tokens_per_s=tokens_per_s, **more)
             if evaluated := _is_due(step, config.evaluation.interval, train.steps):
                 evaluate(step)  # checks the replicas, too
             if _is_due(step, config.checkpoint.interval, train.steps):
@@ -204,6 +219,11 @@ def _launcher() -> int | None:
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
+def may_come_of_empty_tokens(grad_norm: float, config: Config) -> bool:
+    """No gradient is that large otherwise, before it is no number at all."""
+    return config.residual.kind != "none" and config.residual.norm_eps < 1e-10 and grad_norm > 1e5
+
+
 def _is_due(step: int, interval: int, steps: int) -> bool:
     """Every `interval` steps (0: never) and after the last step."""
     return interval > 0 and (step % interval == 0 or step == steps)
@@ -219,11 +239,14 @@ def _warn() -> None:
 def _greeting(config: Config, splits: Splits, begin: Start, start: int, world: int, origin: str) -> str:
     """What is trained, on what, from where."""
     info, residual = splits.info, config.residual
+    shared = f", layers over {config.parallel.tp}" if config.parallel.tp > 1 else ""
     streams = f"{residual.kind} over {residual.streams} streams" if residual.kind != "none" else "plain residual"
     lines = [
         f"{parameters.total(config) / 1e6:,.1f}M parameters ({parameters.active(config) / 1e6:,.1f}M active), {streams}, "
-        f"{config.schedule.name} over {config.parallel.pp} of {world} processes",
-        f"{info.documents:,} documents, {info.train_samples:,} training and {info.validation_samples:,} validation samples "
+        f"{config.schedule.name} over {config.parallel.pp} of {world} processes{shared}",
+        f"retrieval of {config.data.pairs} values by their keys, samples are made as they are drawn"
+        if config.data.kind == "retrieval"
+        else f"{info.documents:,} documents, {info.train_samples:,} training and {info.validation_samples:,} validation samples "
         f"({info.tokenizer})",
     ]
     if origin:
@@ -253,6 +276,7 @@ def _open_data(config: Config, folder: Path, ranks: Ranks) -> Splits:
                     tokenizer=data.tokenizer,
                     end_of_document=data.end_of_document,
                     validation_fraction=data.validation_fraction,
+                    pairs=data.pairs,
                     sequence_length=train.sequence_length,
                     vocab_size=config.model.vocab_size,
                     seed=train.seed,

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+PROBE = "probe"
+"""A value that every pass has: what looks at it, or None. No tensor."""
+
 QueueName = Literal["compute", "high", "communication"]
 # Called when a piece starts to run: F, B or R, and which one. Returns what is called when it has ended.
 Watch = Callable[[Literal["F", "B", "R"], int], Callable[[], None]]
@@ -20,7 +23,8 @@ class Piece:
     run: called with the values of `inputs`, returns those of `outputs`. Values are tensors, or whatever else pieces have to tell
     each other. Floating tensors are differentiable. node: pieces of one node follow each other without a change of turns.
     rebuilt: cheap to run again; with recomputation its results are dropped after the forward. run_again: what rebuilds them, if
-    not `run`: the same without its side effects. differentiable: False for what only counts; its backward is nothing.
+    not `run`: the same without its side effects. for_backward: what runs again instead where nobody takes the results: they must
+    have their graph, and may have any contents. differentiable: False for what only counts; its backward is nothing.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Piece:
     rebuilt: bool = False
     queue: QueueName = "compute"
     run_again: Callable[..., Any] | None = None
+    for_backward: Callable[..., Any] | None = None
     differentiable: bool = True
 
 
@@ -88,6 +93,13 @@ class Chain:
         """Whether `block` rebuilds this value for itself, rather than keep it."""
         i = self.maker.get(name)
         return i is not None and self.pieces[i].rebuilt and self.block_of[i] == block
+
+    def again(self, index: int) -> Callable[..., Any]:
+        """What runs a rebuilt piece again."""
+        piece, block = self.pieces[index], self.block_of[index]
+        if piece.for_backward is not None and not any(self._uses_in_block[name, block] for name in piece.outputs):
+            return piece.for_backward
+        return piece.run_again or piece.run
 
     def uses_in_block(self, name: str, block: int) -> int:
         """How many pieces of the block take this value."""

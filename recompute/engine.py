@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from pipehc.comm.queues import Queue, Work
-from pipehc.recompute.chain import Chain, Exchange, Piece, QueueName, Watch
+from pipehc.recompute.chain import PROBE, Chain, Exchange, Piece, QueueName, Watch
 from pipehc.recompute.graph import Graph, record, without
 from pipehc.recompute.order import Made, Order
 from pipehc.recompute.saved import SavedBytes
@@ -30,7 +30,7 @@ class Pass:
     queues: one of each name that the chain's pieces use. given: the values that no piece makes, complete for what is issued to
     `compute` from now on. recompute: drop what can be rebuilt. scope: entered around each piece that runs with autograd, for
     example to open a store of weight gradients; backward_scope: around the backward of each. count: where to count the bytes that
-    are kept. watch: told when pieces really run.
+    are kept. watch: told when pieces really run. probe: the value PROBE.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class Pass:
         backward_scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
         count: SavedBytes | None = None,
         watch: Watch | None = None,
+        probe: Any = None,
     ) -> None:
         self._chain, self._queues, self._scope, self._count, self._watch = chain, queues, scope, count, watch
         self._backward_scope = backward_scope
         self._grad = torch.is_grad_enabled()
         self._recompute = recompute and self._grad
-        self._values: dict[str, Any] = dict(given)  # those that the forward still needs
+        self._values: dict[str, Any] = {**given, PROBE: probe}  # those that the forward still needs
         self._uses = dict(chain.uses)
         self._kept_uses = dict(chain.kept_uses) if self._recompute else {}
         self._kept: dict[str, Any] = {}  # where rebuilding starts from
@@ -63,7 +64,7 @@ class Pass:
         self._again: dict[str, Made] = {}  # as `_made`, of rebuilt values
         self._owed: dict[str, list[Made]] = {}  # where the parts of a gradient were made
         self._made = dict.fromkeys(given, self._order.mark(queues["compute"]))
-        for name, value in given.items():
+        for name, value in self._values.items():
             self._keep(name, value)
 
     @property
@@ -233,7 +234,7 @@ class Pass:
         if name not in self._kept_uses:
             return
         self._kept[name] = value
-        if self._count is None:
+        if self._count is None or not isinstance(value, torch.Tensor):
             return
         if self._chain.enters(name):
             self._count.inputs += self._count.new(value)
@@ -272,7 +273,7 @@ class Pass:
                 if crosses and isinstance(value, torch.Tensor):
                     queue.hold(value)
                 inputs.append(value)
-            outputs = self._record(index, piece.run_again or piece.run, inputs, {})
+            outputs = self._record(index, self._chain.again(index), inputs, {})
             for name, value in zip(piece.outputs, outputs, strict=True):
                 uses = self._chain.uses_in_block(name, block)
                 if not uses:

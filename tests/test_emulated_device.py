@@ -3,9 +3,11 @@ those of the same program on the host."""
 
 import itertools
 import os
+from functools import partial
 
 import preloaded  # noqa: F401
 import pytest
+import torch
 from processes import free_port, run_ranks
 from tiny_model import tiny_config
 
@@ -19,27 +21,35 @@ AHEAD = (0.0, 0.02, 0.3, 0.9)
 """From a device that does nothing until the host waits, to one that is all but idle."""
 
 
-def run(rank, overrides, tempers, port, world_size):
-    """What was wrong, by temper; and the waits of the host."""
+def run(rank, overrides, tempers, port, world_size, kernels=False):
+    """What was wrong, by temper; and the waits of the host. kernels: of Triton, in its interpreter, not their reference."""
     from emulation.trainer import EmulatedTrainer, differing, emulated, launches
 
     emulated(rank, world_size, port)
-    trainer = EmulatedTrainer(tiny_config(*overrides))
-    expected, found, waits = trainer.gradients(None), [], []
+    trainer, steps = EmulatedTrainer(tiny_config(*overrides)), (1,) if kernels else (1, 2)
+    # Kernels in the interpreter take a second each: one step of them.
+    expected, found, waits = trainer.gradients(None, steps=steps), [], []
     assert len(expected[0]) > 10
+    if kernels:
+        os.environ["PIPEHC_KERNELS"] = "triton"
+        reference, expected = expected, trainer.gradients(None, steps=steps)
+        for got, want in zip(expected, reference):
+            for name in want:
+                a, b = (torch.as_tensor(each[name]).double() for each in (got, want))
+                assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9, (name, a, b)
     for seed, temper in tempers:
         device = launches(seed, **temper)
         trainer.compile(hosts_wait=bool(temper["hardware_queues"] or temper["idle"]))
-        found.append(differing(trainer.gradients(device), expected))
+        found.append(differing(trainer.gradients(device, steps=steps), expected))
         waits.append(device.device.waits)
     return found, waits
 
 
-def check(layout, tempers):
+def check(layout, tempers, **options):
     config = tiny_config(*LEAST, *layout)
     world_size = config.parallel.pp * (config.parallel.dp or config.smallest_dp)
     given = [*LEAST, *layout], tempers, free_port(), world_size
-    results = run_ranks(run, world_size, *given, init=False, timeout=300 + 60 * len(tempers))
+    results = run_ranks(partial(run, **options), world_size, *given, init=False, timeout=300 + 60 * len(tempers))
     for found, _ in results:
         assert found == [[]] * len(tempers), [(temper, names[:3]) for temper, names in zip(tempers, found) if names]
     return [waits for _, waits in results]
@@ -66,6 +76,8 @@ LAYOUTS = {
     "experts over two ranks": (*DUALPIPE, "parallel.ep=2", "train.global_batch=8"),
     "bf16, blocks of one": (*DUALPIPE, "train.precision=bf16", "recompute.block=1"),
     "two replicas, harmonized": (*DUALPIPE, "parallel.dp=2", "train.global_batch=8", "residual.kind=harmonized"),
+    "multi-token prediction": (*DUALPIPE, "model.mtp_depth=1"),
+    "multi-token prediction, experts over two ranks": (*DUALPIPE, "model.mtp_depth=1", "parallel.ep=2", "train.global_batch=8"),
     "the plain residual": (*DUALPIPE, "residual.kind=none"),
 }
 
@@ -83,3 +95,9 @@ def test_gradients_on_a_device():
 def test_gradients_for_many_seeds(layout):
     """The more seeds the better: EMULATED_SEEDS=46 pytest tests/test_emulated_device.py, for all layouts, are 506."""
     check(LAYOUTS[layout], seeds(SEEDS, first=3 * list(LAYOUTS).index(layout)))
+
+
+@pytest.mark.slow
+def test_gradients_of_our_kernels_on_a_device():
+    """What the end of a sub-layer leaves to its maps crosses queues, both ways: a stage has two blocks."""
+    check((*DUALPIPE, "model.blocks=4", "residual.streams=2"), seeds(1), kernels=True)

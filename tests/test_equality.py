@@ -6,109 +6,17 @@ import preloaded  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist
+from one_step import RandomSplit, compare, one_step, references, watch_gradients
 from processes import run_ranks
 
 from pipehc.config.loading import load_config
-
-TINY = """
-model: {vocab_size: 256, hidden_size: 32, blocks: 8, dense_blocks: 1, heads: 2, head_dim: 12, rope_dim: 6, kv_rank: 16,
-        expert_ffn_size: 20, dense_ffn_size: 40, experts: 4, experts_active: 2, experts_shared: 1, init_std: 0.1}
-residual: {kind: mhc, streams: 3, alpha: 0.3}
-train: {steps: 4, sequence_length: 11, micro_batch: 1, global_batch: 16}
-optimizer: {lr: 1.0e-3, clip_grad: 1.0}
-evaluation: {interval: 1, samples: 8}
-run: {folder: unused}
-"""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(TINY)
-    return path
-
-
-class RandomSplit:
-    """64 samples that every process makes alike."""
-
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, index):
-        return torch.randint(0, 256, (12,), generator=torch.Generator().manual_seed(index))
-
-
-def one_step(rank, path, overrides):
-    """Evaluation loss, loss, gradient norm, evaluation loss after the update, this rank's gradients and expert biases."""
-    from pipehc.data.batches import Sampler
-    from pipehc.trainer import Trainer
-
-    split = RandomSplit()
-    trainer = Trainer(load_config(path, overrides))
-    before = trainer.evaluate(split, 0)
-    gradients = watch_gradients(trainer.optimizer)
-    result = trainer.step(1, split, Sampler(len(split), seed=3))
-    trainer.check_replicas()
-    biases = {name: b.clone() for m in trainer.models.values() for name, b in m.named_buffers() if "expert_bias" in name}
-    gain = result.figures.get("gain")
-    return before, result.loss, result.grad_norm, trainer.evaluate(split, 1), gradients, biases, gain, trainer.feedback.s
-
-
-def watch_gradients(optimizer):
-    """A dictionary that will hold the reduced gradients when the optimizer steps."""
-    gradients, step = {}, optimizer.step
-
-    def watched(lr):
-        gradients.update(optimizer.gradients())
-        return step(lr)
-
-    optimizer.step = watched
-    return gradients
-
-
-def compare(rank_results, reference, label):
-    before, loss, norm, after, gradients, biases, gain, s = reference
-    seen, seen_biases = {}, {}
-    for found in rank_results:
-        assert found[0] == pytest.approx(before, rel=1e-5), label
-        assert found[1] == pytest.approx(loss, rel=1e-5), label
-        assert found[2] == pytest.approx(norm, rel=1e-5), label
-        assert found[3] == pytest.approx(after, rel=1e-4), label
-        assert found[6] == (gain and pytest.approx(gain, rel=1e-5)), label
-        assert found[7] == pytest.approx(s, rel=1e-5) and found[7] == rank_results[0][7], label
-        for name, gradient in found[4].items():
-            seen.setdefault(name, []).append(gradient)
-        for name, bias in found[5].items():
-            seen_biases.setdefault(name, []).append(bias)
-    assert seen.keys() == gradients.keys(), label
-    for name, copies in seen.items():
-        scale = gradients[name].norm()
-        assert scale > 0 or "experts" in name, (label, name)
-        for copy in copies:
-            # hybrid's lambda is one number: its gradient may be all but nothing, left over when large terms cancel. So are the
-            # three of alpha: 2e-5 was seen on a processor whose products add in another order.
-            floor = 1e-10 * norm if name.endswith("blend_logit") else 0
-            share = 1e-4 if name.endswith(".alpha") else 1e-5
-            error = (copy - gradients[name]).norm()
-            assert error <= share * scale + floor, (label, name, float(error / scale))
-    assert seen_biases.keys() == biases.keys() and biases
-    for name, copies in seen_biases.items():
-        assert biases[name].abs().max() > 0, (label, name)
-        assert all(torch.equal(copy, biases[name]) for copy in copies), (label, name)
 
 
 @pytest.fixture(scope="module")
 def reference(tiny):
     """One process's results, by residual kind and global batch."""
-    found = {}
-
-    def of(kind, batch=16):
-        if (kind, batch) not in found:
-            overrides = [*settings(kind), f"train.global_batch={batch}"]
-            found[kind, batch] = run_ranks(one_step, 1, tiny, overrides, timeout=240)[0]
-        return found[kind, batch]
-
-    return of
+    alone = references(tiny)
+    return lambda kind, batch=16: alone(*settings(kind), f"train.global_batch={batch}")
 
 
 @pytest.mark.parametrize("name", [pytest.param("1f1b", marks=pytest.mark.slow), "dualpipe"])
@@ -117,7 +25,7 @@ def test_the_whole_family_equals_one_process(tiny, reference, kind, name):
     """Harmonized aims at a gain of 1, so that the evaluation after the step shows an s that the feedback has moved."""
     expected = reference(kind)
     check_layout(tiny, expected, 4, f"schedule.name={name}", "parallel.pp=4", *settings(kind))
-    gain, s = expected[6:]
+    gain, s = expected[6]["gain"], expected[7]
     assert gain > 1 - 1e-6 and (s < 1) == ("harmonized" in kind and gain > 1)
 
 
@@ -126,7 +34,7 @@ def gradients_of_lambda(rank, path, overrides):
     from pipehc.data.batches import Sampler
     from pipehc.trainer import Trainer
 
-    split = RandomSplit()
+    split = RandomSplit(11)
     trainer = Trainer(load_config(path, overrides))
     with torch.no_grad():
         for model in trainer.models.values():
@@ -200,6 +108,7 @@ def test_every_other_schedule_equals_one_process(tiny, reference, name):
 def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, block):
     """Recomputation of a whole stage at a time, or of 3 sub-layers, of which no stage has a multiple; uneven stages in a pair."""
     layout = f"schedule.name={name}", "parallel.pp=2", "parallel.ep=2", f"residual.kind={kind}", f"recompute.block={block}"
+    layout += ("train.global_batch=8",)
     if name == "dualpipe":
         layout += ("parallel.blocks_per_stage=[3,5]",)
     plain = None
@@ -208,7 +117,7 @@ def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, bl
             overrides = *layout, f"runtime.overlap={overlap}", f"recompute.enabled={recompute}"
             results = run_ranks(one_step, 4, tiny, overrides, timeout=240)
             if plain is None:
-                compare(results, reference(kind), overrides)
+                compare(results, reference(kind, 8), overrides)
                 plain = results
             for expected, found in zip(plain, results):
                 assert found[:4] == expected[:4], overrides
@@ -237,7 +146,7 @@ def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, bl
     ],
 )
 def test_overlap_and_recomputation_change_no_bit_whatever_else_is_set(tiny, layout):
-    layout = ["parallel.pp=2", "parallel.ep=2", *layout.split()]
+    layout = ["parallel.pp=2", "parallel.ep=2", *("train.global_batch=8",) * ("micro_batch" not in layout), *layout.split()]
     processes = 2 if "parallel.ep=1" in layout else 4
     off, on = (
         run_ranks(one_step, processes, tiny, [*layout, f"runtime.overlap={on}", f"recompute.enabled={on}"], timeout=240)

@@ -65,6 +65,9 @@ def test_composed_figures_are_those_of_a_whole_dry_run():
         ("model.dense_blocks=6",),
         ("residual.kind=none", "recompute.enabled=false"),
         ("runtime.overlap=false",),
+        ("parallel.tp=2", "parallel.ep=2", "train.sequence_length=128"),
+        ("model.mtp_depth=2", "schedule.name=1f1b"),
+        ("model.mtp_depth=2", "parallel.tp=2", "parallel.ep=2", "train.sequence_length=128"),
     ],
     ids=" ".join,
 )

@@ -45,7 +45,8 @@ def _shapes(config: Config) -> list[tuple[str, tuple[int, ...]]]:
         ("head", (m.vocab_size, C)),
         ("final norm", (C,)),
     ]
-    for block in range(m.blocks):
+    found += [("hidden and embedding", (C, 2 * C)), ("their norms, and of the result", (3 * C,))] * m.mtp_depth
+    for block in [*range(m.blocks), *[m.blocks - 1] * m.mtp_depth]:
         found += [
             ("norm", (C,)),
             ("norm", (C,)),
@@ -93,6 +94,8 @@ def _count(shapes: list[tuple[str, tuple[int, ...]]]) -> int:
         "residual.streams=3 model.rope_dim=6 model.head_dim=5 model.kv_rank=7 model.experts_shared=3",
         "model.dense_blocks=8 model.experts=0 model.experts_active=0",
         "model.dense_blocks=0 model.experts_shared=0",
+        "model.mtp_depth=2",
+        "model.mtp_depth=1 residual.kind=none model.dense_blocks=8",
     ],
 )
 def test_counts_equal_a_list_of_shapes(overrides: str) -> None:
@@ -122,6 +125,15 @@ def test_ranks_add_up(schedule: str, ep: int) -> None:
     assert [row["blocks"][1] - row["blocks"][0] + 1 for row in result["per_stage"]] == [len(b) for b in config.stage_blocks()]
 
 
+def test_depth_modules_have_the_embedding_once_more_where_another_stage_has_it() -> None:
+    deep = ["model.mtp_depth=1", "schedule.name=1f1b"]
+    one, four = (load_config(DEMO, [*deep, f"parallel.pp={pp}"]) for pp in (1, 4))
+    assert parameters.total(one) == parameters.total(four) == sum(parameters.ranks(one))
+    assert sum(parameters.ranks(four)) - parameters.total(four) == four.model.vocab_size * four.model.hidden_size
+    twice = load_config(DEMO, ["model.mtp_depth=1"])
+    assert sum(parameters.ranks(twice)) == 2 * sum(parameters.ranks(four))
+
+
 @pytest.mark.parametrize(
     ("schedule", "ranks", "microbatches"), [("1f1b", 4, 8), ("1f1b", 4, 2), ("dualpipe", 4, 8), ("dualpipev", 4, 11)]
 )
@@ -146,6 +158,19 @@ def test_without_dp_the_smallest_is_assumed() -> None:
     assert result["parallel"] == {"pp": 4, "tp": 1, "ep": 2, "dp": 2, "dp_assumed": True}
     assert (result["world_size"], result["microbatches"], result["stages"]) == (8, 8, 4)
     assert result["message_bytes"] == 4 * 128 * 4 * 128 * 4
+
+
+def test_tensor_parallelism_cuts_parameters_messages_and_what_is_kept() -> None:
+    alone, cut = (plan(load_config(DEMO, ["recompute.enabled=true", *more])) for more in ([], ["parallel.tp=2", "parallel.ep=2"]))
+    assert cut["world_size"] == 8 and cut["parallel"] == alone["parallel"] | {"tp": 2, "ep": 2}
+    assert cut["parameters"] == alone["parameters"] and 2 * cut["message_bytes"] == alone["message_bytes"]
+    for before, now in zip(alone["per_stage"], cut["per_stage"]):
+        assert now["parameters"] == before["parameters"]
+        assert {name: 2 * size for name, size in now["saved_bytes"].items()} == before["saved_bytes"]
+    # Norms, down-projections, routers and maps are on every rank; all else is cut.
+    shared = sum(count.common for count in parameters.stages(load_config(DEMO)))
+    halved, whole = (sum(rank["parameters"] for rank in p["per_rank"]) // 2 for p in (cut, alone))  # two replicas
+    assert halved == (whole - shared) // 2 + shared
 
 
 def test_notes_explain_this_configuration() -> None:

@@ -37,8 +37,9 @@ class Run:
                  "feedback": {"s": 1.0, "average": None}, "config": to_yaml(self.config), **changed}  # fmt: skip
         for step in steps:
             self.checkpoints.save(step, {"weights.x": torch.tensor(step)}, {k: v for k, v in extra.items() if v != "none"})
-            with open(self.checkpoints.folder.parent / "metrics.jsonl", "a") as metrics:
-                metrics.write(f'{{"step": {step}}}\n')
+            for name in ("metrics.jsonl", "diagnostics.jsonl"):
+                with open(self.checkpoints.folder.parent / name, "a") as file:
+                    file.write(f'{{"step": {step}}}\n')
         return self
 
     @property
@@ -96,7 +97,7 @@ def test_another_course_is_set_aside(tmp_path: Path) -> None:
     fresh.save(5)
     assert Run(b, f"checkpoint.resume={step(a, 2)}").source == ("a", "step-00000002")  # another start
     assert (b / "checkpoints-2" / "step-00000005").is_dir()
-    assert len(list(b.glob("metrics-*.jsonl"))) == 2
+    assert len(list(b.glob("metrics-*.jsonl"))) == 2 == len(list(b.glob("diagnostics-*.jsonl")))
 
 
 def test_going_back_in_a_run_loses_nothing_and_is_not_repeated(tmp_path: Path) -> None:
@@ -106,6 +107,7 @@ def test_going_back_in_a_run_loses_nothing_and_is_not_repeated(tmp_path: Path) -
     back = Run(a, wish)
     assert back.source == ("a", "step-00000002")
     assert (a / "checkpoints-1" / "step-00000004").is_dir() and (a / "metrics-1.jsonl").read_text().count("step") == 2
+    assert (a / "diagnostics-1.jsonl").read_text() == (a / "metrics-1.jsonl").read_text()
     back.save(3, 5, 7)  # step 2 is pruned by now
     assert not step(a, 2).exists()
     assert Run(a, wish).source == ("a", "step-00000007")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipehc.config.loading import ConfigError, load_config
-from pipehc.train import own_gpu
+from pipehc.train import may_come_of_empty_tokens, own_gpu
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -62,9 +62,7 @@ def command(config, *overrides, processes=2):
 
 
 def train(*args, timeout=180, **kwargs):
-    return subprocess.run(
-        command(*args, **kwargs), capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=ENVIRONMENT
-    )
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=ENVIRONMENT)
 
 
 def our_part(errors):
@@ -80,6 +78,7 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
 
 
+@pytest.mark.slow
 def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
     """One uninterrupted run; one stopped half-way and resumed, through host memory: equal bits. Its checkpoint goes on in two other
     layouts."""
@@ -305,3 +304,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(write, tmp_path):
     assert result.stderr.count("pipehc: rank") == 1
     assert "step 2" in result.stderr and "rank" in result.stderr, result.stderr
     assert 2 not in losses(tmp_path / "run")
+
+
+def test_a_gradient_norm_that_only_empty_tokens_give_is_told_with_its_remedy():
+    mhc = load_config(ROOT / "configs" / "cpu_demo.yaml", [])
+    bounded = load_config(ROOT / "configs" / "cpu_demo.yaml", ["residual.norm_eps=1e-6"])
+    plain = load_config(ROOT / "configs" / "cpu_demo.yaml", ["residual.kind=none"])
+    assert may_come_of_empty_tokens(1e9, mhc) and not may_come_of_empty_tokens(50.0, mhc)
+    assert not may_come_of_empty_tokens(1e9, bounded) and not may_come_of_empty_tokens(1e9, plain)

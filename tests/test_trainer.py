@@ -99,7 +99,7 @@ def test_an_evaluation_is_the_mean_over_the_first_samples_and_changes_nothing():
         counts = [m.local_tokens_per_expert for m in model.modules() if hasattr(m, "expert_bias")]
         with torch.no_grad():
             expected = float(mean_loss(trainer, range(8)))
-        assert [trainer.evaluate(Split(), step) for step in (0, 5)] == [pytest.approx(expected, rel=1e-6)] * 2
+        assert [trainer.evaluate(Split(), step) for step in (0, 5)] == [(pytest.approx(expected, rel=1e-6), None)] * 2
         assert counts and not any(count.any() for count in counts if count is not None)
         assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
 

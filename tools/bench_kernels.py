@@ -3,7 +3,8 @@
     python tools/bench_kernels.py [--tokens 4096] [--channels 1280 2560] [--streams 4] [--json FILE]
 
 Reports microseconds per forward + backward of one sub-layer's operations (branch left out), the bandwidth that its least traffic in
-that time amounts to, and which fraction of the device's copy bandwidth that is. Without a GPU it says so and ends with status 0.
+that time amounts to, and which fraction of the device's copy bandwidth that is; and how long every kernel of a boundary between two
+sub-layers takes, without and with the norm of y. Without a GPU it says so and ends with status 0.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from pipehc.kernels import coefficients_pre, post_res
+from pipehc.kernels import coefficients_pre, post_res, post_res_pre
 from pipehc.kernels.manifolds import Birkhoff
 
 UNITS = {"forward": lambda n: 3 * n + 2, "forward + backward": lambda n: 7 * n + 5}
@@ -114,6 +116,47 @@ def bench(tokens: int, n: int, channels: int, bandwidth: float) -> list[dict[str
     return rows
 
 
+def kernels(tokens: int, n: int, channels: int, norm: bool, repeats: int = 9) -> list[dict[str, Any]]:
+    """Median device time of every kernel of coefficients_pre, post_res_pre and post_res in a row, forward and then backward: the
+    first backward of each kind is post_res_pre's."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator, device="cuda")).to(dtype).requires_grad_()
+
+    def parameters() -> tuple[Tensor, ...]:
+        columns = n * n + 2 * n
+        fp32 = torch.float32
+        return leaf(n * channels, columns, dtype=fp32, scale=0.02), leaf(3, dtype=fp32), leaf(columns, dtype=fp32)
+
+    x, f, f_next, weight = leaf(tokens, n, channels), leaf(tokens, channels), leaf(tokens, channels), leaf(channels)
+    first, second = parameters(), parameters()
+    settings: dict[str, Any] = {"manifold": Birkhoff()} | ({"norm": weight, "eps": 1e-6} if norm else {})
+    d_x, d_y = torch.randn_like(x), torch.randn_like(f)
+
+    def chain() -> None:
+        y, h_post, h_res = coefficients_pre(x, *first, **settings)
+        middle, y_next, h_post, h_res = post_res_pre(x, f, h_post, h_res, *second, **settings)
+        last = post_res(middle, f_next, h_post, h_res)
+        torch.autograd.grad([last, y, y_next], [x, f, f_next, *first, *second, *([weight] if norm else [])], [d_x, d_y, d_y])
+
+    os.environ["PIPEHC_KERNELS"] = "triton"
+    chain()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(repeats):
+            chain()
+        torch.cuda.synchronize()
+    ours = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA and e.name.endswith("_kernel")]
+    ours.sort(key=lambda e: e.time_range.start)
+    each = len(ours) // repeats
+    found = []
+    for k in range(each):
+        times = sorted(ours[r * each + k].device_time for r in range(repeats))
+        found.append({"C": channels, "norm": norm, "kernel": ours[k].name, "us": round(times[repeats // 2], 1)})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -131,8 +174,14 @@ def main() -> None:
     for row in rows:
         table.add_row(*(str(row.get(c, "")) for c in columns))
     Console(width=160).print(table)
+    apart = [row for c in options.channels for norm in (False, True) for row in kernels(options.tokens, options.streams, c, norm)]
+    table = Table("C", "norm", "kernel", "us", title="kernels of a boundary, in the order in which they run")
+    for row in apart:
+        table.add_row(*map(str, row.values()))
+    Console(width=160).print(table)
     if options.json:
-        options.json.write_text(json.dumps({"copy GB/s": round(bandwidth / 1e9), "tokens": options.tokens, "rows": rows}, indent=1))
+        found = {"copy GB/s": round(bandwidth / 1e9), "tokens": options.tokens, "rows": rows, "kernels": apart}
+        options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

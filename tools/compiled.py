@@ -20,11 +20,14 @@ from triton.runtime.jit import create_function_from_signature
 from pipehc.kernels.forward import map_constants
 from pipehc.kernels.manifolds import Birkhoff, Harmonized, Hybrid, IdentityOffset, Isometric, Manifold
 from pipehc.kernels.projection import padded_columns
-from pipehc.kernels.tiles import MAX_REGISTERS, block_channels
+from pipehc.kernels.tiles import block_channels, max_registers, row_channels
 
-STREAMS = {"x", "f", "x_next", "y", "d_x", "d_f", "d_y", "d_x_next", "d_x_direct", "d_f_before"}
-INTEGERS = {"T", "C", "BLOCKS", "PARTS", "SIZE"}
+STREAMS = {"x", "f", "x_next", "y", "d_x", "d_f", "d_y", "d_x_next", "d_x_direct", "d_f_before", "norm_weight", "d_weight"}
+INTEGERS = {"T", "C", "TILES", "SPLITS", "STEPS", "PHI_PARTS", "SMALL_PARTS", "WEIGHT_PARTS", "SIZE"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+WITHOUT_NORM = dict.fromkeys(("norm_weight", "norms", "pulls", "weight_shares"))
 
 
 @dataclass
@@ -37,9 +40,11 @@ class Form:
 
 
 def forms(manifold: Manifold | None = None, n: int = 4) -> dict[str, Form]:
-    """The kernels of all operations at n streams, as the wrappers launch them. manifold: of the maps; None: every one."""
+    """The kernels of all operations at n streams, as the wrappers launch them, without and with the norm of y. manifold: of the
+    maps; None: every one."""
     modules = {name: importlib.import_module(f"pipehc.kernels.{name}") for name in ("forward", "backward", "pre", "post_res")}
-    block = {"n": n, "BT": 16, "BC": block_channels(n)}
+    forward, backward = modules["forward"], modules["backward"]
+    block, most = {"n": n, "BT": 16, "BC": block_channels(n)}, {"maxnreg": max_registers(n)}
     found = {}
     for module, name in [
         ("pre", "pre_kernel"),
@@ -48,30 +53,43 @@ def forms(manifold: Manifold | None = None, n: int = 4) -> dict[str, Form]:
         ("post_res", "post_res_backward_kernel"),
     ]:
         found[name] = Form(getattr(modules[module], name), dict(block))
-    found["parameter_sum_kernel"] = Form(modules["backward"].parameter_sum_kernel, {"n": n, "BLOCK": 1024})
+    sums = backward.parameter_sum_kernel, {"n": n, "BLOCK": 128}
+    found["parameter_sum_kernel"] = Form(sums[0], sums[1] | {"weight_shares": None, "d_weight": None})
+    found["parameter_sum_kernel with norm"] = Form(*sums)
     number = torch.tensor(0.5)
     every = (Birkhoff(), Isometric(), Hybrid(number), IdentityOffset(), Harmonized(number))
     for kind in (manifold,) if manifold is not None else every:
-        shared = {
-            **block,
-            **map_constants(kind, ()),
-            "PADDED": padded_columns(n, kind.per_stream),
-            "PRECISION": "tf32",
-            "FENCE": True,
-            **({"scalar": None, "d_scalar": None} if kind.scalar is None else {}),
-        }
+        name, shared = type(kind).__name__, {"n": n, "PER_STREAM": kind.per_stream}
+        maps = shared | map_constants(kind, ()) | ({"scalar": None, "d_scalar": None} if kind.scalar is None else {})
         to, back = kind.device_functions
-        forward = {**shared, "MAP": to}
-        backward = {**shared, "MAP_BACKWARD": back, "d_x_direct": None, "d_pre": None, "d_post": None, "d_res": None}
-        alone = {"f": None, "h_post": None, "h_res": None, "x_next": None}
-        kernels = modules["forward"].mapping_kernel, modules["backward"].mapping_backward_kernel
-        title = type(kind).__name__
-        two = {"num_warps": 4, "num_stages": 2, "maxnreg": MAX_REGISTERS}
-        found[f"coefficients_pre {title}"] = Form(kernels[0], forward | alone, two)
-        found[f"post_res_pre {title}"] = Form(kernels[0], forward, two)
-        found[f"coefficients_pre backward {title}"] = Form(kernels[1], backward | {"h_post_before": None, "d_f_before": None}, two)
-        found[f"post_res_pre backward {title}"] = Form(kernels[1], backward, two)
+        ahead = maps | _rows(n, forward.MAP_TOKENS) | {"MAP": to, "NORM_EPS": 1e-20}
+        behind = maps | _rows(n, backward.MAP_TOKENS) | {"MAP_BACKWARD": back, "d_pre": None, "d_post": None, "d_res": None}
+        for title, norm in ((name, WITHOUT_NORM), (f"with norm {name}", {})):
+            found[f"map_kernel {title}"] = Form(forward.map_kernel, ahead | norm, {"num_warps": 4, **most})
+            found[f"map_backward_kernel {title}"] = Form(backward.map_backward_kernel, behind | norm, {"num_warps": 4, **most})
+        products = shared | {"PADDED": padded_columns(n, kind.per_stream), "PRECISION": "tf32"}
+        streams = "streams apart" if kind.per_stream else "all streams"
+        if f"phi_gradient_kernel {streams}" in found:
+            continue  # the maps are not in them
+        options = {"num_warps": 4, "num_stages": 1}
+        slab = products | {"BT": backward.PHI_TOKENS, "BC": backward.PHI_CHANNELS}
+        found[f"phi_gradient_kernel {streams}"] = Form(backward.phi_gradient_kernel, slab, options)
+        products["FENCE"] = True
+        tile = products | {"BT": forward.project_tokens(kind.per_stream), "BC": block_channels(n)}
+        alone = dict.fromkeys(("f", "h_post", "h_res", "x_next"))
+        found[f"project_kernel {streams}"] = Form(forward.project_kernel, tile | alone, options | most)
+        found[f"project_kernel of post_res_pre {streams}"] = Form(forward.project_kernel, tile, options | most)
+        tile = products | {"BT": backward.GRADIENT_TOKENS, "BC": block_channels(n) // 2, "d_x_direct": None}
+        unlinked = dict.fromkeys(("h_post_before", "d_f_before"))
+        for title, norm in ((streams, WITHOUT_NORM), (f"with norm {streams}", {})):
+            of, options = (backward.stream_gradient_kernel, tile | norm), {"num_warps": 8, **most}
+            found[f"stream_gradient_kernel {title}"] = Form(of[0], of[1] | unlinked, options)
+            found[f"stream_gradient_kernel of post_res_pre {title}"] = Form(*of, options)
     return found
+
+
+def _rows(n: int, tokens: int) -> dict[str, int]:
+    return {"BT": tokens, "BC": row_channels(n, tokens)}
 
 
 def specialization(form: Form, values: dict[str, Any], arch: int) -> tuple[Any, ...]:

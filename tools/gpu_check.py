@@ -38,7 +38,7 @@ GRACE_S = 10.0  # what a step that is interrupted has to say what it was doing
 KERNEL_TESTS = [
     *(f"tests/kernels/test_{name}.py" for name in (
         "coefficients", "pre", "coefficients_pre", "post_res", "post_res_pre", "birkhoff", "isometric", "hybrid", "identity_offset",
-        "harmonized", "tiles", "differentiation",
+        "harmonized", "tiles", "differentiation", "rms_norm", "routing", "swiglu",
     )),
     "tests/model/test_hyper_connection.py",
 ]  # fmt: skip
@@ -121,6 +121,7 @@ def kernel_times() -> dict[str, Any]:
 
 
 FOUR = "parallel.pp=4", "schedule.name=dualpipe", "recompute.enabled=true", "runtime.overlap=true", "trace.steps=[8,8]"
+EXPERTS = "parallel.pp=2", "parallel.ep=2", *FOUR[1:]
 ONE = "parallel.pp=1", "schedule.name=1f1b", "trace.steps=null"
 
 
@@ -138,6 +139,11 @@ def steps() -> list[Step]:
             "four processes, one GPU",
             "streams, overlapped pairs, recomputation and gradients are right: equal to one process, messages through host memory",
             training("four-host", 4, *FOUR, "runtime.transport=host"), 180, then=equals_one_process("four-host"),
+        ),
+        Step(
+            "experts, one GPU",
+            "all-to-alls of experts inside of overlapped pairs, and sums over replicas: equal to one process",
+            training("experts-host", 4, *EXPERTS, "runtime.transport=host"), 180, then=equals_one_process("experts-host"),
         ),
         Step(
             "recorded step", "a step recorded with events of the device can be read",

@@ -21,12 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 MINIMUM = {
-    "coefficients_pre + post_res forward": 14.0,
-    "coefficients_pre + post_res backward": 19.0,
-    "post_res_pre forward": 10.0,
-    "post_res_pre backward": 15.0,
+    "coefficients_pre + post_res forward": 18.0,
+    "coefficients_pre + post_res backward": 32.0,
+    "post_res_pre forward": 14.0,
+    "post_res_pre backward": 28.0,
+    "RMSNorm of y, eager, forward": 2.0,
+    "RMSNorm of y, eager, backward": 3.0,
 }
-"""Units of T*C bf16 elements for n = 4: every stream read and written once per launch that cannot be avoided."""
+"""Units of T*C bf16 elements for n = 4: every stream read and written once a launch, with the norm of y or without it. Fewer
+launches would move less, but on an H100 took longer (forward.py, backward.py)."""
 
 
 def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
@@ -34,10 +37,13 @@ def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
     import torch
     from traffic import Traffic, units
 
-    from pipehc.kernels import coefficients_pre, post_res, post_res_pre
+    from pipehc.kernels import coefficients_pre, forward, post_res, post_res_pre
     from pipehc.kernels.manifolds import Birkhoff
+    from pipehc.kernels.rms_norm import rms_norm
 
     n = 4
+    # Channels in as many parts as for 4096 tokens.
+    forward.PROGRAMS = -(-forward.PROGRAMS // -(-4096 // forward.PROJECT_TOKENS)) * -(-tokens // forward.PROJECT_TOKENS)
     manifold = Birkhoff(iterations=2)  # iterations move no bytes
     generator = torch.Generator().manual_seed(0)
 
@@ -50,10 +56,9 @@ def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
     x, f, f_next = (leaf(tokens, *shape, channels, dtype=torch.bfloat16) for shape in ((n,), (), ()))
     d_y = torch.randn(tokens, channels, generator=generator).to(torch.bfloat16)
     d_x = torch.randn(tokens, n, channels, generator=generator).to(torch.bfloat16)
-    first, second, third = parameters(), parameters(), parameters()
     rows = []
 
-    def row(form: str, counted: Traffic) -> None:
+    def row(form: str, counted: Traffic, minimum: float) -> None:
         everything = counted.launches + counted.operations
         read, written = units(everything, tokens, channels, phi_shaped=False)
         phi = sum(units(everything, tokens, channels, phi_shaped=True))
@@ -65,32 +70,49 @@ def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
                 "read": round(read, 2),
                 "written": round(written, 2),
                 "sum": round(read + written, 2),
-                "minimum": MINIMUM[form],
+                "minimum": minimum,
                 "phi_mib": round(phi * tokens * channels * 2 / 2**20, 2),
             }
         )
 
-    with Traffic() as counted:
-        y, h_post, h_res = coefficients_pre(x, *first, manifold=manifold)
-        x_next = post_res(x, f, h_post, h_res)
-    row("coefficients_pre + post_res forward", counted)
-    with Traffic() as counted:
-        torch.autograd.backward([x_next, y], [d_x, d_y])
-    row("coefficients_pre + post_res backward", counted)
+    for title, norm in (("", {}), (" with norm", {"norm": leaf(channels, dtype=torch.bfloat16), "eps": 1e-6})):
 
-    # A boundary between two sub-layers: its neighbours are there, so that it gets and hands on what it would in a model.
-    y, h_post, h_res = coefficients_pre(x, *second, manifold=manifold)
+        def counted_as(form: str, counted: Traffic, title: str = title) -> None:
+            row(form + title, counted, MINIMUM[form])
+
+        for t in (x, f, f_next):
+            t.grad = None  # to add to one is not counted
+        first, second, third = parameters(), parameters(), parameters()
+        settings = {"manifold": manifold, **norm}
+        with Traffic() as counted:
+            y, h_post, h_res = coefficients_pre(x, *first, **settings)
+            x_next = post_res(x, f, h_post, h_res)
+        counted_as("coefficients_pre + post_res forward", counted)
+        with Traffic() as counted:
+            torch.autograd.backward([x_next, y], [d_x, d_y])
+        counted_as("coefficients_pre + post_res backward", counted)
+
+        # A boundary between two sub-layers: its neighbours are there, so that it gets and hands on what it would in a model.
+        y, h_post, h_res = coefficients_pre(x, *second, **settings)
+        with Traffic() as counted:
+            middle, y_next, h_post, h_res = post_res_pre(x, f, h_post, h_res, *third, **settings)
+        counted_as("post_res_pre forward", counted)
+        last = post_res(middle, f_next, h_post, h_res)
+        with Traffic() as counted:
+            torch.autograd.backward([last, y_next, y], [d_x, d_y, d_y])
+        # Of the whole chain's backward, the boundary owns the first four launches from a map_backward_kernel on.
+        names = [launch.name for launch in counted.launches]
+        start = names.index("map_backward_kernel")
+        counted.launches, counted.operations = counted.launches[start : start + 4], []
+        counted_as("post_res_pre backward", counted)
+
+    y, weight = leaf(tokens, channels, dtype=torch.bfloat16), leaf(channels, dtype=torch.bfloat16)
     with Traffic() as counted:
-        middle, y_next, h_post, h_res = post_res_pre(x, f, h_post, h_res, *third, manifold=manifold)
-    row("post_res_pre forward", counted)
-    last = post_res(middle, f_next, h_post, h_res)
+        z = rms_norm(y, weight, 1e-6)
+    row("RMSNorm of y, eager, forward", counted, MINIMUM["RMSNorm of y, eager, forward"])
     with Traffic() as counted:
-        torch.autograd.backward([last, y_next, y], [d_x, d_y, d_y])
-    # Of the whole chain's backward, the boundary owns one mapping_backward_kernel (the first) and its parameter sums.
-    names = [launch.name for launch in counted.launches]
-    start = names.index("mapping_backward_kernel")
-    counted.launches, counted.operations = counted.launches[start : start + 2], []
-    row("post_res_pre backward", counted)
+        z.backward(d_y)
+    row("RMSNorm of y, eager, backward", counted, MINIMUM["RMSNorm of y, eager, backward"])
     return rows
 
 

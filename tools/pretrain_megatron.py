@@ -9,10 +9,12 @@
         --no-masked-softmax-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion \
         --no-bias-swiglu-fusion --no-bias-dropout-fusion
 
-Without --schedule and --residual it is the job as it was.
+Without --schedule and --residual it is the job as it was. With --hybrid-layer-pattern the model is a HybridModel, of the layers of
+TransformerEngine or, --spec MODULE NAME, of another stack spec.
 """
 
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 
@@ -22,30 +24,43 @@ if not torch.cuda.is_available():
     cpu_job.install()
     cpu_job.allow_pretrain()
 
-from megatron.core import mpu
+from megatron.core import datasets, mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.spec_utils import import_module
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training import get_args, initialize, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 import pipehc.megatron  # + pipehc
 
+if not (Path(datasets.__file__).parent / "Makefile").exists():
+    # Megatron compiles a helper at start; installed from a wheel it has that compiled, and nothing to make it from.
+    initialize._compile_dependencies = lambda: None
+
 
 def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
     args = get_args()
     config = config or core_transformer_config_from_args(args)
-    return GPTModel(
+    if args.hybrid_layer_pattern is None:
+        with_te = args.transformer_impl == "transformer_engine"
+        layers = get_gpt_decoder_block_spec(config, with_te, normalization=args.normalization, vp_stage=vp_stage)
+        prediction = get_gpt_mtp_block_spec(config, layers, with_te, vp_stage=vp_stage) if args.mtp_num_layers else None
+        model = partial(GPTModel, mtp_block_spec=prediction)
+    else:
+        model = partial(HybridModel, hybrid_layer_pattern=args.hybrid_layer_pattern)
+        layers = hybrid_stack_spec if args.spec is None else import_module(args.spec)
+    return model(
         config,
-        get_gpt_decoder_block_spec(
-            config, args.transformer_impl == "transformer_engine", normalization=args.normalization, vp_stage=vp_stage
-        ),
+        layers,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -125,7 +140,8 @@ def add_pipehc_arguments(parser):  # + pipehc
     parser.add_argument("--residual", default=None)  # + pipehc
     parser.add_argument("--from-plain", action="store_true", help="--load or --pretrained-checkpoint is of the plain model")
     parser.add_argument("--trace-steps", type=int, nargs=2, default=None, metavar=("FIRST", "LAST"))
-    parser.add_argument("--from-config", action="store_true", help="let Megatron's GPTModelConfig build the model")
+    parser.add_argument("--diagnostics-interval", type=int, default=0, help="iterations; 0: never")
+    parser.add_argument("--from-config", action="store_true", help="let Megatron's own builder make the model")
     return parser  # + pipehc
 
 
@@ -134,9 +150,12 @@ if __name__ == "__main__":
     args = parse_and_validate_args(extra_args_provider=add_pipehc_arguments)
     if args.residual or args.schedule != "megatron":  # + pipehc
         ours = {} if args.trace_steps is None else {"trace_steps": tuple(args.trace_steps)}
+        if args.diagnostics_interval:
+            ours["diagnostics_interval"] = args.diagnostics_interval
         pipehc.megatron.enable(args.schedule, residual=args.residual, from_plain=args.from_plain, **ours)  # + pipehc
+    config_from_args = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args) if args.from_config else None),
+        pretrain_cfg_container_from_args(args, config_from_args(args) if args.from_config else None),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pipehc.kernels.shapes import NORM_EPS
 
 
 class Settings(NamedTuple):
@@ -16,11 +19,17 @@ class Settings(NamedTuple):
     iterations: int = 20
     condition: float = 1e4
     static: bool = False
+    norm_eps: float = NORM_EPS
 
 
 @dataclass(frozen=True, eq=False)
 class Manifold(ABC):
-    """A member of the hyper-connection family (spec section 2). Instances are immutable and hold the map's own settings."""
+    """A member of the hyper-connection family (spec section 2). Instances are immutable and hold the map's own settings.
+
+    norm_eps: epsilon of rms(x) below. A token whose streams are all zero has gradients of its inverse root: 1e10 with the paper's.
+    """
+
+    norm_eps: float = field(default=NORM_EPS, kw_only=True)
 
     per_stream: ClassVar[bool] = False
     """False: logits = alpha * (x phi) / rms(x) + bias over the flat token, then sigmoids (mHC, eq. 7 and 8). True: every stream is
@@ -32,10 +41,15 @@ class Manifold(ABC):
     static_form: ClassVar[bool] = False
     """Whether there is a form whose coefficients do not depend on x."""
 
+    def __post_init__(self) -> None:
+        eps = self.norm_eps
+        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
+            raise ValueError(f"norm_eps={eps!r}: must be a finite number, above 0")
+
     @classmethod
     def of(cls, settings: Settings, scalar: Tensor | None) -> Manifold:
         """The instance for a configuration and the present value of the scalar."""
-        return cls()
+        return cls(norm_eps=settings.norm_eps)
 
     @property
     def scalar(self) -> Tensor | None:
@@ -74,11 +88,10 @@ class Manifold(ABC):
         """Shape of phi: [n*C, n*n + 2n], or [C, n + 2] where each stream is projected alone (columns pre, post, rows of res)."""
         return (channels, n + 2) if self.per_stream else (n * channels, n * n + 2 * n)
 
-    def initial_bias(self, n: int) -> Tensor:
-        """Initial bias [n*n + 2n], fp32: with alpha = 0, H_pre = 1/n and H_post = 1 (spec section 2, initialisation)."""
-        if self.per_stream:
-            pre, post = torch.full((n,), 1.0 / n), torch.ones(n)
-        else:
-            share = torch.tensor(1.0 / n, dtype=torch.float64)
-            pre, post = torch.logit(share, eps=1e-9).float().expand(n), torch.zeros(n)
-        return torch.cat([pre, post, self.initial_res(n).flatten()])
+    def initial_bias(self, read: Tensor, read_logits: Tensor, write_logits: Tensor) -> Tensor:
+        """Initial bias [n*n + 2n], fp32: with alpha = 0, H_pre is `read` [n] and H_post 2 sigmoid of `write_logits` [n].
+
+        read_logits: those of which the sigmoid is `read`.
+        """
+        first = (read, 2 * torch.sigmoid(write_logits)) if self.per_stream else (read_logits, write_logits)
+        return torch.cat([*(part.float() for part in first), self.initial_res(len(read)).flatten()])

@@ -21,12 +21,13 @@ class Birkhoff(Manifold):
     iterations: int = 20
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if type(self.iterations) is not int or self.iterations < 1:
             raise ValueError(f"iterations={self.iterations!r}: must be a whole number, at least 1")
 
     @classmethod
     def of(cls, settings: Settings, scalar: Tensor | None) -> Birkhoff:
-        return cls(settings.iterations)
+        return cls(settings.iterations, norm_eps=settings.norm_eps)
 
     @property
     def device_functions(self) -> tuple[Any, Any]:

@@ -33,12 +33,13 @@ class Harmonized(Manifold):
     unconditioned: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_shape(self.s, (), "s")
 
     @classmethod
     def of(cls, settings: Settings, scalar: Tensor | None) -> Harmonized:
         assert scalar is not None
-        return cls(scalar, settings.static)
+        return cls(scalar, settings.static, norm_eps=settings.norm_eps)
 
     @property
     def scalar(self) -> Tensor:
@@ -62,9 +63,12 @@ class Harmonized(Manifold):
     def initial_res(self, n: int) -> Tensor:
         return torch.zeros(n, n) if self.unconditioned else torch.eye(n)
 
-    def initial_bias(self, n: int) -> Tensor:
-        """As for HC; zeros in the static form, where softmax gives H_pre = H_post = 1/n."""
-        return torch.zeros(n * n + 2 * n) if self.unconditioned else super().initial_bias(n)
+    def initial_bias(self, read: Tensor, read_logits: Tensor, write_logits: Tensor) -> Tensor:
+        """As for HC; in the static form H_pre is the softmax of logits too, and H_post starts as 1/n where the logits are equal."""
+        if not self.unconditioned:
+            return super().initial_bias(read, read_logits, write_logits)
+        logits = torch.log(read.clamp_min(1e-9))
+        return torch.cat([(logits - logits.mean()).float(), write_logits.float(), self.initial_res(len(read)).flatten()])
 
 
 @triton.jit

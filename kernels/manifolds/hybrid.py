@@ -27,6 +27,7 @@ class Hybrid(Manifold):
     isometric: Isometric = field(default_factory=Isometric)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_shape(self.blend, (), "blend")
         for name, kind in (("birkhoff", Birkhoff), ("isometric", Isometric)):
             if not isinstance(getattr(self, name), kind):
@@ -35,7 +36,7 @@ class Hybrid(Manifold):
     @classmethod
     def of(cls, settings: Settings, scalar: Tensor | None) -> Hybrid:
         assert scalar is not None
-        return cls(scalar, Birkhoff.of(settings, None), Isometric.of(settings, None))
+        return cls(scalar, Birkhoff.of(settings, None), Isometric.of(settings, None), norm_eps=settings.norm_eps)
 
     @property
     def scalar(self) -> Tensor:

@@ -35,12 +35,13 @@ class Isometric(Manifold):
     condition: float = 1e4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.condition, bool) or not isinstance(self.condition, int | float) or not 1.0 <= self.condition <= 1e8:
             raise ValueError(f"condition={self.condition!r}: must lie in [1, 1e8]")
 
     @classmethod
     def of(cls, settings: Settings, scalar: Tensor | None) -> Isometric:
-        return cls(settings.condition)
+        return cls(settings.condition, norm_eps=settings.norm_eps)
 
     @property
     def steps(self) -> tuple[tuple[float, float], ...]:

@@ -1,14 +1,14 @@
 """Tensors in checkpoints as ranges of the flattened whole, so that every slicing of them reads every other.
 
 Megatron's distributed optimizer cuts the concatenation of many parameters into equal parts: a rank holds an arbitrary
-contiguous range of one parameter's elements, not rows or columns. torch.distributed.checkpoint (DCP) stores boxes, so each
-tensor is stored as a one-dimensional tensor of its elements in row-major order, in boxes of one dimension. The planners below
-are DCP's documented extension point; DCP balances, deduplicates, writes, and re-slices on reading.
+contiguous range of one parameter's elements, not rows or columns; with tensor parallelism several. torch.distributed.checkpoint
+(DCP) stores boxes, so each tensor is stored as a one-dimensional tensor of its elements in row-major order, in boxes of one
+dimension. The planners below are DCP's documented extension point; DCP balances, deduplicates, writes, and re-slices on reading.
 """
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +47,13 @@ class FlatSlice:
             raise ValueError(f"elements [{self.start}, {end}) are not inside a tensor of shape {self.shape} ({total} elements)")
 
 
-Held = torch.Tensor | FlatSlice
+Held = torch.Tensor | FlatSlice | Sequence[FlatSlice]
+"""All of a tensor, or ranges of it, which do not overlap."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank holds of one tensor, without its data."""
+    """A range that one rank holds of one tensor, without its data."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -68,13 +69,15 @@ class Stored:
     dtype: str
 
 
-def pieces(tensors: Mapping[str, Held]) -> dict[str, Piece]:
+def pieces(tensors: Mapping[str, Held]) -> dict[str, list[Piece]]:
     """Describe what this rank holds."""
-    held = {name: _as_slice(tensor) for name, tensor in tensors.items()}
-    return {n: Piece(s.shape, _dtype_name(s.tensor.dtype), s.start, s.tensor.numel()) for n, s in held.items()}
+    return {
+        name: [Piece(s.shape, _dtype_name(s.tensor.dtype), s.start, s.tensor.numel()) for s in _as_slices(held)]
+        for name, held in tensors.items()
+    }
 
 
-def tile(ranks: Sequence[Mapping[str, Piece]]) -> dict[str, Stored]:
+def tile(ranks: Sequence[Mapping[str, Sequence[Piece]]]) -> dict[str, Stored]:
     """Join what all ranks hold. Every tensor must be covered exactly; equal pieces on several ranks count once.
 
     Raises ValueError naming the tensor where ranks disagree in shape or dtype, or where elements are missing or overlap.
@@ -82,7 +85,7 @@ def tile(ranks: Sequence[Mapping[str, Piece]]) -> dict[str, Stored]:
     whole: dict[str, Stored] = {}
     ranges: dict[str, set[tuple[int, int]]] = {}
     for rank, held in enumerate(ranks):
-        for name, piece in held.items():
+        for name, piece in _each(held):
             stored = Stored(piece.shape, piece.dtype)
             if whole.setdefault(name, stored) != stored:
                 raise ValueError(f"{name}: rank {rank} holds {_text(stored)}, an earlier rank {_text(whole[name])}")
@@ -100,12 +103,12 @@ def tile(ranks: Sequence[Mapping[str, Piece]]) -> dict[str, Stored]:
     return whole
 
 
-def match(stored: Mapping[str, Stored], wanted: Sequence[Mapping[str, Piece]], strict: bool) -> None:
+def match(stored: Mapping[str, Stored], wanted: Sequence[Mapping[str, Sequence[Piece]]], strict: bool) -> None:
     """Check what all ranks want against what a checkpoint holds.
 
     Raises ValueError naming tensors that are missing or of another shape or dtype and, if `strict`, tensors that no rank wants.
     """
-    asked = {name: Stored(piece.shape, piece.dtype) for held in wanted for name, piece in held.items()}
+    asked = {name: Stored(piece.shape, piece.dtype) for held in wanted for name, piece in _each(held)}
     missing = sorted(asked.keys() - stored.keys())
     if missing:
         raise ValueError(f"the checkpoint lacks {_first(missing)}")
@@ -123,7 +126,7 @@ def write(folder: Path, tensors: Mapping[str, Held], group: dist.ProcessGroup | 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(planner.flat, storage_writer=dcp.FileSystemWriter(folder), planner=planner, process_group=group)
+            dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, process_group=group)
     except CheckpointException as failure:  # a BaseException: it would pass every `except Exception`
         raise RankError(f"writing {folder} failed: {_causes(failure)}") from failure
 
@@ -134,7 +137,7 @@ def read(folder: Path, tensors: Mapping[str, Held], group: dist.ProcessGroup | N
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(planner.flat, storage_reader=dcp.FileSystemReader(folder), planner=planner, process_group=group)
+            dcp.load({}, storage_reader=dcp.FileSystemReader(folder), planner=planner, process_group=group)
     except CheckpointException as failure:
         raise RankError(f"reading {folder} failed: {_causes(failure)}") from failure
     planner.copy_back(tensors)
@@ -145,41 +148,38 @@ class _SavePlanner(dcp.DefaultSavePlanner):
 
     def __init__(self, tensors: Mapping[str, Held]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._slices = {name: _as_slice(tensor) for name, tensor in tensors.items()}
-        self.flat = {name: held.tensor for name, held in self._slices.items()}
+        self.flat = _flat(tensors)
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(name, held) for name, held in self._slices.items() if held.tensor.numel()])
+        self.plan = SavePlan([_write_item(name, held) for (name, _), held in self.flat.items()])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self.flat[index.fqn]
+        return _of(self.flat, index)
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
     def __init__(self, tensors: Mapping[str, Held]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._slices = {name: _as_slice(tensor) for name, tensor in tensors.items()}
-        self.flat = {name: held.tensor for name, held in self._slices.items()}
+        self.flat = _flat(tensors)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items = []
-        for name, held in self._slices.items():
-            if held.tensor.numel():
-                stored = self.metadata.state_dict_metadata[name]
-                assert isinstance(stored, TensorStorageMetadata)
-                items += create_read_items_for_chunk_list(name, stored, [_chunk(held)])
+        for (name, _), held in self.flat.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(name, stored, [_chunk(held)])
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        return self.flat[index.fqn]
+        return _of(self.flat, index)
 
     def copy_back(self, tensors: Mapping[str, Held]) -> None:
         """A tensor that is not contiguous cannot be flattened in place: it was read into a copy."""
         for name, tensor in tensors.items():
-            if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
-                tensor.detach().copy_(self.flat[name].reshape(tensor.shape))
+            if isinstance(tensor, torch.Tensor) and tensor.numel() and not tensor.is_contiguous():
+                tensor.detach().copy_(self.flat[name, 0].tensor.reshape(tensor.shape))
 
 
 def _write_item(name: str, held: FlatSlice) -> WriteItem:
@@ -195,10 +195,26 @@ def _chunk(held: FlatSlice) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size([held.start]), sizes=held.tensor.shape)
 
 
-def _as_slice(held: Held) -> FlatSlice:
-    if isinstance(held, FlatSlice):
-        return FlatSlice(tuple(held.shape), held.start, held.tensor.detach())
-    return FlatSlice(tuple(held.shape), 0, held.detach().reshape(-1))
+def _as_slices(held: Held) -> list[FlatSlice]:
+    if isinstance(held, torch.Tensor):
+        return [FlatSlice(tuple(held.shape), 0, held.detach().reshape(-1))]
+    ranges = [held] if isinstance(held, FlatSlice) else held
+    return [FlatSlice(tuple(s.shape), s.start, s.tensor.detach()) for s in ranges]
+
+
+def _flat(tensors: Mapping[str, Held]) -> dict[tuple[str, int], FlatSlice]:
+    """All that are not empty, by name and start."""
+    return {(name, s.start): s for name, held in tensors.items() for s in _as_slices(held) if s.tensor.numel()}
+
+
+def _of(flat: Mapping[tuple[str, int], FlatSlice], index: MetadataIndex) -> torch.Tensor:
+    """The range that DCP calls for: by where it starts."""
+    assert index.offset is not None
+    return flat[index.fqn, index.offset[0]].tensor
+
+
+def _each(held: Mapping[str, Sequence[Piece]]) -> Iterator[tuple[str, Piece]]:
+    return ((name, piece) for name, ranges in held.items() for piece in ranges)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -77,8 +77,8 @@ class Checkpoints:
     ) -> Path:
         """Write a checkpoint and prune older ones after it is committed; returns its folder.
 
-        tensors: global name to a whole tensor (given by several ranks alike: stored once) or this rank's FlatSlice; together
-            the ranks must cover every tensor exactly.
+        tensors: global name to a whole tensor (given by several ranks alike: stored once) or this rank's FlatSlice, or several;
+            together the ranks must cover every tensor exactly.
         extra: JSON-able; rank 0's counts; tuples come back as lists.
         per_rank: state of this rank (RNG): tensors, numbers, text and containers of them. On all ranks or on none.
 

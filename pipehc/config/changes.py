@@ -5,12 +5,12 @@ A new key of the schema must be entered here; a test walks them all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from pipehc.config.schema import Config, Section
+from pipehc.config.schema import Config, ResidualConfig, Section
 from pipehc.config.strict_yaml import ConfigError, parse_yaml
 
 
@@ -24,30 +24,31 @@ class Effect(Enum):
 _EFFECTS = {
     "model": {
         Effect.MODEL: "vocab_size hidden_size blocks dense_blocks heads head_dim rope_dim rope_theta kv_rank expert_ffn_size "
-        "dense_ffn_size experts experts_active experts_shared norm_eps",
-        Effect.TRAINING: "bias_update_rate",
+        "dense_ffn_size experts experts_active experts_shared norm_eps mtp_depth mtp_input",
+        Effect.TRAINING: "bias_update_rate mtp_loss_weight",
         Effect.NONE: "init_std",
     },
     "residual": {
-        Effect.MODEL: "kind streams sinkhorn_iterations condition static fixed exit",
+        Effect.MODEL: "kind streams sinkhorn_iterations condition static fixed norm_eps exit",
         Effect.TRAINING: "target_gain gain_power smallest_s",
-        Effect.NONE: "alpha",
+        Effect.NONE: "init alpha",
     },
     "parallel": {Effect.NONE: "pp tp ep dp blocks_per_stage"},
     "schedule": {Effect.NONE: "name chunks"},
     "search": {Effect.NONE: "placement f b w r link latency gpu max_live time_limit"},
-    "recompute": {Effect.NONE: "enabled block"},
-    "data": {Effect.DATA: "kind paths suffixes tokenizer end_of_document validation_fraction"},
+    "recompute": {Effect.NONE: "enabled block modules"},
+    "data": {Effect.DATA: "kind paths suffixes tokenizer end_of_document validation_fraction pairs"},
     "train": {
         Effect.DATA: "sequence_length seed",
         Effect.TRAINING: "steps global_batch precision",
         Effect.NONE: "micro_batch",
     },
-    "optimizer": {Effect.TRAINING: "lr betas eps weight_decay clip_grad warmup_steps decay"},
+    "optimizer": {Effect.TRAINING: "lr betas eps weight_decay clip_grad connection_lr connection_decay warmup_steps decay"},
     "evaluation": {Effect.TRAINING: "samples", Effect.NONE: "interval"},
     "checkpoint": {Effect.NONE: "interval keep resume weights allow_changes"},
+    "diagnostics": {Effect.NONE: "interval gain_bound"},
     "run": {Effect.NONE: "folder log_interval tensorboard"},
-    "runtime": {Effect.NONE: "timeout_s overlap bucket_size message_blocks all_to_all_blocks transport"},
+    "runtime": {Effect.NONE: "timeout_s overlap fused bucket_size message_blocks all_to_all_blocks transport"},
     "trace": {Effect.NONE: "steps nvtx"},
 }
 EFFECTS: dict[str, Effect] = {
@@ -60,7 +61,17 @@ REFUSED = tuple(key for key, effect in EFFECTS.items() if effect in (Effect.MODE
 
 # Keys that only some configurations use: what another one says there changes nothing.
 _ONLY_KINDS = {
-    **dict.fromkeys(("residual.streams", "residual.fixed", "residual.exit"), ("hc", "mhc", "isohc", "hybrid", "harmonized")),
+    **dict.fromkeys(
+        (
+            "residual.streams",
+            "residual.fixed",
+            "residual.norm_eps",
+            "residual.exit",
+            "optimizer.connection_lr",
+            "optimizer.connection_decay",
+        ),
+        ("hc", "mhc", "isohc", "hybrid", "harmonized"),
+    ),
     "residual.sinkhorn_iterations": ("mhc", "hybrid"),
     "residual.condition": ("isohc", "hybrid"),
     **dict.fromkeys(("residual.static", "residual.target_gain", "residual.gain_power", "residual.smallest_s"), ("harmonized",)),
@@ -95,10 +106,19 @@ def changes(before: Mapping[str, Mapping[str, Any]], config: Config) -> list[Cha
 
     before: `saved_values`, of an older version perhaps: a key that it lacks had its default.
     """
+    return _changes(before, config.model_dump(mode="json"), EFFECTS)
+
+
+def residual_changes(before: Mapping[str, Any], residual: ResidualConfig) -> list[Change]:
+    """`changes` of the section `residual` alone."""
+    keys = [name for name in EFFECTS if name.startswith("residual.")]
+    return _changes({"residual": before}, {"residual": residual.model_dump(mode="json")}, keys)
+
+
+def _changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[Change]:
     found = []
-    now = config.model_dump(mode="json")
-    for name, effect in EFFECTS.items():
-        section, key = name.split(".")
+    for name in names:
+        effect, (section, key) = EFFECTS[name], name.split(".")
         new = now[section][key]
         old = before.get(section, {}).get(key, _default(section, key, new))
         if name == "residual.fixed":  # a set
@@ -134,4 +154,8 @@ def _matters(name: str, config: Mapping[str, Mapping[str, Any]]) -> bool:
         return model.get("dense_blocks", 0) < model.get("blocks", 1)
     if name == "model.dense_ffn_size":
         return model.get("dense_blocks", 1) > 0
-    return name not in _OF_TEXT or data.get("kind") != "megatron"
+    if name in ("model.mtp_loss_weight", "model.mtp_input"):
+        return model.get("mtp_depth", 0) > 0
+    if name == "data.pairs":
+        return data.get("kind") == "retrieval"
+    return name not in _OF_TEXT or data.get("kind", "text") == "text"

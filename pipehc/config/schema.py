@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipehc.comm.budgets import MOST_BLOCKS
+from pipehc.config.retrieval import retrieval_problems
 from pipehc.config.stages import assign_blocks, placement_of
 from pipehc.schedules.families import FAMILIES
 from pipehc.schedules.placement import Placement
@@ -65,6 +66,9 @@ class ModelConfig(Section):
     bias_update_rate: Rate = 0.001
     norm_eps: Positive = 1.0e-20
     init_std: Positive = 0.02
+    mtp_depth: Annotated[int, Field(ge=0, le=MAX_BLOCKS)] = 0  # tokens that are predicted beyond the next one
+    mtp_loss_weight: Positive = 0.3  # of the mean of their losses
+    mtp_input: Literal["exit", "mean", "sum"] = "exit"  # exit: as residual.exit
 
     @model_validator(mode="before")
     @classmethod
@@ -84,12 +88,14 @@ class ResidualConfig(Section):
     """The residual connection: one stream, or a member of the hyper-connection family over `streams` of them."""
 
     kind: Literal["none", "hc", "mhc", "isohc", "hybrid", "harmonized"]
-    streams: Annotated[int, Field(ge=1, le=8)] = 4
+    streams: Annotated[int, Field(ge=1, le=16)] = 4
+    init: Literal["even", "staggered", "onehot", "scattered"] = "even"
     alpha: float = 0.01
     sinkhorn_iterations: Size = 20
     condition: Annotated[float, Field(ge=1)] = 1.0e4
     static: bool = False
     fixed: Annotated[tuple[Literal["pre", "post", "res"], ...], AsTuple] = ()
+    norm_eps: Positive = 1.0e-20  # of the norm that the maps are made of
     target_gain: Annotated[float, Field(ge=1)] = 5.0
     gain_power: Positive = 1.0
     smallest_s: Annotated[float, Field(gt=0, le=1)] = 0.05
@@ -135,15 +141,17 @@ class ScheduleConfig(Section):
 class RecomputeConfig(Section):
     enabled: bool = False
     block: Size | None = None  # sub-layers; None: all of a stage
+    modules: Annotated[tuple[Literal["swiglu", "mla_up_proj"], ...], AsTuple] = ()  # of attention and FFN; whether enabled or not
 
 
 class DataConfig(Section):
-    kind: Literal["text", "megatron"] = "text"
+    kind: Literal["text", "megatron", "retrieval"] = "text"
     paths: Places = ()
     suffixes: Texts = (".py", ".txt", ".md")
     tokenizer: Place = "bytes"
     end_of_document: Text | None = None  # a token of the tokenizer; None: the one it names itself
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    pairs: Annotated[int, Field(ge=1, le=128)] = 8  # of a sample of kind retrieval
 
 
 class TrainConfig(Section):
@@ -161,6 +169,8 @@ class OptimizerConfig(Section):
     eps: Positive = 1.0e-20
     weight_decay: Rate = 0.1
     clip_grad: Rate = 1.0  # 0: no clipping
+    connection_lr: Positive = 1.0  # of hyper-connections: this multiple of lr
+    connection_decay: bool = True  # whether weight_decay is for their phi, too
     warmup_steps: Count = 0
     decay: Annotated[tuple[DecayStep, ...], AsTuple] = ()
 
@@ -178,6 +188,11 @@ class CheckpointConfig(Section):
     allow_changes: Texts = ()  # keys that may differ from the checkpoint's; see `changes`
 
 
+class DiagnosticsConfig(Section):
+    interval: Count = 10  # steps; 0: never
+    gain_bound: Annotated[float, Field(gt=1)] = 20.0  # a composite gain above it is warned of
+
+
 class RunConfig(Section):
     folder: Place
     log_interval: Size = 1
@@ -187,6 +202,7 @@ class RunConfig(Section):
 class RuntimeConfig(Section):
     timeout_s: Positive = 120.0
     overlap: bool = True
+    fused: bool = True  # our own feed-forward layers and sums of weight gradients, not Megatron's local ones
     bucket_size: Size = 40_000_000  # gradients that are summed over the replicas together
     message_blocks: Blocks | None = None  # None: as comm/budgets.py says, or the environment
     all_to_all_blocks: Blocks | None = None
@@ -210,6 +226,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     run: RunConfig
     runtime: RuntimeConfig = RuntimeConfig()
     trace: TraceConfig = TraceConfig()
@@ -247,13 +264,14 @@ class Config(Section):
         return self.evaluation.samples // (self.train.micro_batch * dp)
 
     def stage_message_bytes(self) -> int:
-        """Bytes of one micro-batch's hidden states between two stages: sequence x micro-batch x streams x hidden size."""
-        tokens = self.train.sequence_length * self.train.micro_batch
+        """Bytes of one micro-batch's hidden states between two stages, from one rank to another: sequence / tp x micro-batch x
+        streams x hidden size."""
+        tokens = self.train.sequence_length // self.parallel.tp * self.train.micro_batch
         return tokens * self.residual.width * self.model.hidden_size * BYTES[self.train.precision]
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
-        problems = [*_model_problems(self), *_layout_problems(self), *_training_problems(self)]
+        problems = [*_model_problems(self), *_tensor_parallel_problems(self), *_layout_problems(self), *_training_problems(self)]
         problems += data_parallel_problems(self, self.parallel.dp or self.smallest_dp)
         if problems:
             raise ValueError("\n".join(problems))
@@ -275,18 +293,40 @@ def _model_problems(config: Config) -> Iterator[str]:
         for key in ("experts", "experts_active", "expert_ffn_size"):
             if getattr(model, key) < 1:
                 yield f"model.{key}: {getattr(model, key)}: must be {why}"
+    if model.mtp_depth >= config.train.sequence_length:
+        yield (
+            f"model.mtp_depth: {model.mtp_depth}: must be below train.sequence_length = {config.train.sequence_length}, "
+            "no token lies that much further on"
+        )
     if model.experts % parallel.ep or (parallel.ep > 1 and model.experts == 0):
         yield f"parallel.ep: {parallel.ep}: must divide model.experts = {model.experts}"
-    if model.heads % parallel.tp:
-        yield f"parallel.tp: {parallel.tp}: must divide model.heads = {model.heads}"
     if config.data.kind == "text" and config.data.tokenizer == "bytes" and model.vocab_size < 256:
         yield f"model.vocab_size: {model.vocab_size}: must be at least 256 with data.tokenizer bytes"
+    if config.data.kind == "retrieval" and model.vocab_size < 256:
+        yield f"model.vocab_size: {model.vocab_size}: must be at least 256 with data.kind retrieval: 128 keys and 128 values"
+
+
+def _tensor_parallel_problems(config: Config) -> Iterator[str]:
+    model, tp = config.model, config.parallel.tp
+    cut = {
+        "model.heads": model.heads,
+        "model.vocab_size": model.vocab_size,
+        "train.sequence_length": config.train.sequence_length,
+        "model.kv_rank + rope_dim": model.kv_rank + model.rope_dim,  # not cut, but Megatron's layer is made as if it were
+    }
+    if model.dense_blocks:
+        cut["model.dense_ffn_size"] = model.dense_ffn_size
+    if model.mtp_depth:
+        cut["model.hidden_size, with model.mtp_depth > 0,"] = model.hidden_size
+    if model.moe_blocks:
+        cut["model.experts_shared x expert_ffn_size"] = model.experts_shared * model.expert_ffn_size
+    for name, size in cut.items():
+        if size % tp:
+            yield f"parallel.tp: {tp}: must divide {name} = {size}"
 
 
 def _layout_problems(config: Config) -> Iterator[str]:
     parallel, schedule, stages, blocks = config.parallel, config.schedule.name, config.stages, config.model.blocks
-    if parallel.tp > 1:
-        yield f"parallel.tp: {parallel.tp}: only 1 is supported by the trainer so far"
     if config.lanes == 2 and parallel.pp % 2:
         yield f"parallel.pp: {parallel.pp}: must be even, at least 2, with schedule.name {schedule} (or use 1f1b or dualpipev)"
     if config.schedule.chunks is not None and schedule != "interleaved":
@@ -305,6 +345,8 @@ def _layout_problems(config: Config) -> Iterator[str]:
 
 def _training_problems(config: Config) -> Iterator[str]:
     optimizer, steps = config.optimizer, config.train.steps
+    if config.recompute.modules and not config.runtime.fused:
+        yield f"recompute.modules: {list(config.recompute.modules)}: must be [] with runtime.fused: false, whose layers keep all"
     if optimizer.warmup_steps > steps:
         yield f"optimizer.warmup_steps: {optimizer.warmup_steps}: must be at most train.steps = {steps}"
     fractions = [fraction for fraction, _ in optimizer.decay]
@@ -313,9 +355,10 @@ def _training_problems(config: Config) -> Iterator[str]:
     if config.trace.steps is not None and config.trace.steps[0] > config.trace.steps[1]:
         yield f"trace.steps: {list(config.trace.steps)}: the first step must not be after the last"
     data, checkpoint = config.data, config.checkpoint
+    yield from retrieval_problems(data, config.train.sequence_length)
     if data.kind == "megatron" and not data.paths:
         yield "data.paths: []: must name at least one prefix of a .bin/.idx pair with data.kind megatron"
-    if data.end_of_document is not None and (data.kind == "megatron" or data.tokenizer == "bytes"):
+    if data.kind != "retrieval" and data.end_of_document is not None and (data.kind == "megatron" or data.tokenizer == "bytes"):
         what = "data.kind megatron: that is tokenized" if data.kind == "megatron" else "data.tokenizer bytes: it is byte 0"
         yield f"data.end_of_document: {data.end_of_document!r}: must be null with {what}"
     if checkpoint.weights is not None and checkpoint.resume not in ("auto", "never"):

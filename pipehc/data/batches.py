@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipehc.data.retrieval import Retrieval
 from pipehc.data.text import Document, read_documents, tokenize
 from pipehc.data.tokenizer import Tokenizer, open_tokenizer
 
@@ -21,19 +22,24 @@ _WORD = 2**64 - 1
 
 
 class Split(Protocol):
-    """Samples of `sequence_length + 1` tokens, 1-D int64."""
+    """Samples of `sequence_length + 1` tokens, 1-D int64; or, with labels of their own, (tokens, labels), `sequence_length` each.
+
+    Labels below 0 do not count. A split that has such has an attribute `counted_per_sample`: how many of a sample's labels do, in
+    every sample the same; see `counted_labels`.
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Tensor: ...
+    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 class DataInfo(NamedTuple):
     """What was opened. `fingerprint` differs when the samples differ: compare it between ranks and with a checkpoint's.
 
     `held_out` says how validation was chosen: 'documents' (whole ones), 'tail' (the end of the text, for want of documents to
-    choose from) or 'nothing'. `skipped` names files that were left out and why. `joined`: no token stands between documents.
-    `vocabulary` differs when the numbers of tokens mean something else (None: tokenized elsewhere, nobody knows).
+    choose from), 'stream' (samples are made, for either side its own) or 'nothing'. `skipped` names files that were left out and
+    why. `joined`: no token stands between documents. `vocabulary` differs when the numbers of tokens mean something else (None:
+    tokenized elsewhere, nobody knows).
     """
 
     tokenizer: str
@@ -111,9 +117,16 @@ class Sampler:
 
 
 def batch(split: Split, sampler: Sampler, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Samples first ... first + count - 1 of the run: inputs, and labels (the next tokens), int64 [count, sequence_length]."""
-    samples = torch.stack([split[sampler.index(k)] for k in range(first, first + count)])
-    return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+    """Samples first ... first + count - 1 of the run: inputs, and labels (the next tokens, unless the split brings others), int64
+    [count, sequence_length]."""
+    samples = [split[sampler.index(k)] for k in range(first, first + count)]
+    tokens, labels = zip(*((s[:-1], s[1:]) if isinstance(s, Tensor) else s for s in samples))
+    return torch.stack(tokens), torch.stack(labels)
+
+
+def counted_labels(split: Split | None) -> int | None:
+    """How many labels of a sample count for the loss; None: all of them."""
+    return getattr(split, "counted_per_sample", None)
 
 
 def open_splits(
@@ -128,16 +141,22 @@ def open_splits(
     seed: int,
     cache: Path,
     end_of_document: str | None = None,
+    pairs: int = 8,
 ) -> Splits:
     """Open the data of a run; every rank calls it, and all get the same samples. Arguments have the names of the configuration.
 
     `kind` text: see `pipehc.text.read_documents`; each document is held out for validation as a whole with probability
     `validation_fraction`, decided by its content. `kind` megatron: `paths` are prefixes of .bin/.idx files, which are tokenized
-    already; `seed` orders their documents. `cache` is a folder for derived files, shared by all ranks.
+    already; `seed` orders their documents. `kind` retrieval: samples of `pairs` pairs, see `pipehc.data.retrieval`, of `seed` and
+    `sequence_length` alone. `cache` is a folder for derived files, shared by all ranks.
     ValueError names the key at fault: a path, a tokenizer, tokens that `model.vocab_size` does not cover, too little text.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"data.validation_fraction: {validation_fraction} is not allowed; allowed: 0 <= fraction < 1")
+    if kind == "retrieval":
+        made, other = (Retrieval(seed, side, pairs, sequence_length) for side in ("training", "validation"))
+        info = DataInfo("none: made as tokens", 0, len(made), len(other), "stream", (), f"{made.digest()} {other.digest()}")
+        return Splits(made, other, info)
     if kind == "megatron":
         from pipehc.megatron.trainer.data import open_indexed  # imports Megatron: seconds that a text run need not spend twice
 
@@ -147,7 +166,7 @@ def open_splits(
                         indexed.fingerprint)
         return Splits(indexed.train, indexed.validation, info)
     if kind != "text":
-        raise ValueError(f"data.kind: {kind!r} is not allowed; allowed: text, megatron")
+        raise ValueError(f"data.kind: {kind!r} is not allowed; allowed: text, megatron, retrieval")
     vocabulary = open_tokenizer(tokenizer, end_of_document)
     return _open_text(paths, suffixes, vocabulary, validation_fraction, sequence_length, vocab_size, cache)
 

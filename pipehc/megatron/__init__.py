@@ -1,6 +1,6 @@
 """Plug-ins for existing Megatron-core jobs; the only place of pipehc that imports Megatron.
 
-Here stands what the trainer's model (`trainer/`) and existing jobs (`job/`) share: a layer as two sub-layers (`layer.py`,
+Here stands what the trainer's model (`trainer/`) and existing jobs (`job/`) share: a layer as sub-layers (`layer.py`,
 `nodes.py`), deferred weight gradients, versions, the shim for machines without CUDA. The two do not import each other.
 """
 

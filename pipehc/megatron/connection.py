@@ -1,11 +1,14 @@
 """What joins the sub-layers of a Megatron layer to its residual: a hyper-connection, or the plain sum."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipehc.kernels.differentiation import watch_gradient
 from pipehc.model.hyper_connection import HyperConnection
+from pipehc.model.norm import Norm
 from pipehc.model.sublayers import Coefficients, Connection
 
 
@@ -14,28 +17,38 @@ class PlainConnection(nn.Module):
 
     track = False
 
-    def forward(self, x: torch.Tensor, previous: Any = None) -> tuple[Any, ...]:
+    def forward(self, x: torch.Tensor, previous: Any = None, norm: Norm | None = None) -> tuple[Any, ...]:
         """As HyperConnection's."""
         if previous is None:
-            return self.coefficients_pre(x)
+            return self.coefficients_pre(x, norm)
         before, f, h_post, h_res = previous
-        return before.post_res_pre(x, f, h_post, h_res, self)
+        return before.post_res_pre(x, f, h_post, h_res, self, norm)
 
-    def coefficients_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return x, None, None
+    def coefficients_pre(self, x: torch.Tensor, norm: Norm | None = None) -> tuple[torch.Tensor, None, None]:
+        return (x if norm is None else norm(x)), None, None
 
-    def post_res(self, x: torch.Tensor, f: torch.Tensor, h_post: Coefficients, h_res: Coefficients) -> torch.Tensor:
+    def post_res(
+        self, x: torch.Tensor, f: torch.Tensor, h_post: Coefficients, h_res: Coefficients, *, result: bool = True
+    ) -> torch.Tensor:
         return x + f
 
     def post_res_pre(
-        self, x: torch.Tensor, f: torch.Tensor, h_post: Coefficients, h_res: Coefficients, following: Any
+        self,
+        x: torch.Tensor,
+        f: torch.Tensor,
+        h_post: Coefficients,
+        h_res: Coefficients,
+        following: Any,
+        norm: Norm | None = None,
+        on_gradient: Callable[[torch.Tensor], None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Coefficients, Coefficients]:
         x = self.post_res(x, f, h_post, h_res)
-        return x, *following.coefficients_pre(x)
+        watch_gradient(x, on_gradient)
+        return x, *following.coefficients_pre(x, norm)
 
 
-def build_connection(hidden_size: int, residual: Any) -> Connection:
-    """The connection that the section `residual` of the configuration asks for."""
+def build_connection(hidden_size: int, residual: Any, sublayer: int) -> Connection:
+    """The connection that the section `residual` of the configuration asks for. sublayer: its number in the whole model."""
     if residual.kind == "none":
         return PlainConnection()
     return HyperConnection(
@@ -47,4 +60,7 @@ def build_connection(hidden_size: int, residual: Any) -> Connection:
         condition=residual.condition,
         static=residual.static,
         fixed=residual.fixed,
+        norm_eps=residual.norm_eps,
+        init=residual.init,
+        sublayer=sublayer,
     )

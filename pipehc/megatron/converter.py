@@ -12,6 +12,13 @@ packing and names, and both ways of the conversion are exact:
     bias   [n*n + 2n]             bias
                                   norm.weight  [n*C] of early revisions: absorbed in phi, as in the paper's section 4.3.1
 
+Layers of its HybridModel main puts into a wrapper (`HyperConnectionHybridLayer`) with one connection; ours keep their names:
+
+    layers.N.attention_connection. or .mlp_connection.     layers.N.hyper_connection.
+    layers.N.self_attention., .mlp., ...                   layers.N.inner_layer.self_attention., .mlp., ...
+
+Revisions whose hybrid stack joins the streams by learned weights (hc_head_fn) and its Mamba layers have no counterpart here.
+
 What the conversion cannot carry over, since it lies in the arithmetic:
 
 - Sinkhorn. Main normalises rows first and columns last, we the other way round (paper eq. 9). So its columns sum to 1 to
@@ -108,12 +115,56 @@ def state_dict_from_megatron(state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the parameter, if a module has no counterpart.
     """
-    return _state_dict(state, {theirs: ours for ours, theirs in NAMES.items()}, connection_from_megatron)
+    return _state_dict(_unwrapped(state), {theirs: ours for ours, theirs in NAMES.items()}, connection_from_megatron)
 
 
 def state_dict_to_megatron(state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """The way back of `state_dict_from_megatron`. dtype: of the maps' parameters; None keeps fp32."""
-    return _state_dict(state, NAMES, lambda parameters: connection_to_megatron(parameters, dtype))
+    return _wrapped(_state_dict(state, NAMES, lambda parameters: connection_to_megatron(parameters, dtype)))
+
+
+def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers of main's HybridModel under the names that they would have in its GPTModel."""
+    parts: dict[str, str] = {}  # layer with a wrapper -> its connection
+    for name in state:
+        if re.fullmatch(r"(.*\.|)hc_head_(fn|base|scale)", name):
+            raise ValueError(f"{name}: joins the streams by learned weights, which has no counterpart; must be without")
+        if match := re.fullmatch(r"(.*\.|)inner_layer\.(self_attention|mlp|mixer)\..+", name):
+            if match[2] == "mixer":
+                raise ValueError(f"{name}: is of a Mamba layer, which has no counterpart; must be attention or an FFN")
+            parts[match[1]] = f"{match[2]}_hyper_connection."
+
+    def unwrapped(name: str) -> str:
+        match = re.fullmatch(r"(.*\.|)(inner_layer|hyper_connection)\.(.+)", name)
+        if match is None:
+            return name
+        if match[1] not in parts:
+            raise ValueError(f"{name}: its layer has no inner_layer.self_attention or inner_layer.mlp; must have one of them")
+        return f"{match[1]}{'' if match[2] == 'inner_layer' else parts[match[1]]}{match[3]}"
+
+    return {unwrapped(name): value for name, value in state.items()}
+
+
+def _wrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The way back: layers with one connection are those of a HybridModel."""
+    pattern = re.compile(rf"(.*\.|)({'|'.join(NAMES.values())})\.(.+)")
+    connections: dict[str, set[str]] = {}
+    for match in filter(None, map(pattern.fullmatch, state)):
+        connections.setdefault(match[1], set()).add(match[2])
+    layers = {layer for layer, found in connections.items() if len(found) == 1}
+
+    def wrapped(name: str) -> str:
+        if (match := pattern.fullmatch(name)) is not None:
+            return f"{match[1]}hyper_connection.{match[3]}" if match[1] in layers else name
+        layer = next((name[:end] for end in _ends_of_prefixes(name) if name[:end] in layers), None)
+        return name if layer is None else f"{layer}inner_layer.{name[len(layer) :]}"
+
+    return {wrapped(name): value for name, value in state.items()}
+
+
+def _ends_of_prefixes(name: str) -> list[int]:
+    """0 and the places behind its dots."""
+    return [0, *(i + 1 for i, character in enumerate(name) if character == ".")]
 
 
 def _state_dict(state: Mapping[str, Any], names: Mapping[str, str], convert: Any) -> dict[str, Any]:

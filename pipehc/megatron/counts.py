@@ -42,12 +42,14 @@ class Counts:
     """Of one micro-batch in one layer. To make it starts counting, on the current queue.
 
     routing_map: [tokens, experts], bool. chunks: tokens for each expert here by rank, int64, where the permutation of what arrives
-    reads them on the device, else None: who uses it must hold it.
+    reads them on the device, else None. ends: where those of each expert here end, int32, if they are asked for, else None. Who
+    uses them must hold them.
     """
 
-    def __init__(self, dispatcher: MoEAlltoAllTokenDispatcher, routing_map: torch.Tensor) -> None:
+    def __init__(self, dispatcher: MoEAlltoAllTokenDispatcher, routing_map: torch.Tensor, *, ends: bool = False) -> None:
         self._dispatcher = dispatcher
         dispatcher.tokens_per_expert = dispatcher.preprocess(routing_map)
+        self.ends: torch.Tensor | None = dispatcher.tokens_per_expert.cumsum(0, dtype=torch.int32) if ends else None
         names = ["tokens_per_expert", *_SPLITS]
         self.chunks: torch.Tensor | None = None
         if dispatcher.num_local_experts > 1:

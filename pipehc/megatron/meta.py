@@ -85,6 +85,7 @@ def _patch_routing(imbalance: float) -> None:
         }
 
     original = MoEAlltoAllTokenDispatcher.preprocess
+    copied = MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize
 
     @functools.wraps(original)
     def preprocess(self: Any, routing_map: torch.Tensor) -> Any:
@@ -96,6 +97,19 @@ def _patch_routing(imbalance: float) -> None:
         self.num_global_tokens_per_local_expert = torch.from_numpy(numbers["num_global_tokens_per_local_expert"])
         return torch.from_numpy(numbers["tokens_per_expert"])
 
+    def fetched(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        """Where upstream's own layer, as in a depth module, copies them to the host."""
+        if self.ep_size == 1:
+            return copied(self, point, tokens_per_expert)
+        if point != self.cuda_dtoh_point:
+            return tokens_per_expert
+        self.tokens_per_expert = tokens_per_expert
+        for name, found in even(self).items():
+            if name != "num_global_tokens_per_local_expert" or self.num_local_experts > 1:
+                fetching(getattr(self, name))
+                setattr(self, name, found if "splits" in name else torch.from_numpy(found))
+        return self.tokens_per_expert
+
     def fetching(tensor: torch.Tensor) -> Any:
         torch.empty_like(tensor).copy_(tensor)
 
@@ -104,6 +118,7 @@ def _patch_routing(imbalance: float) -> None:
         return [int(number) for name in self._shapes for number in found[name].ravel()]
 
     MoEAlltoAllTokenDispatcher.preprocess = preprocess
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = fetched
     counts.fetching, counts.Counts._numbers = fetching, numbers  # type: ignore[method-assign]
 
 

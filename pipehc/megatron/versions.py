@@ -65,6 +65,19 @@ def default_groups() -> Any:
     return groups
 
 
+def hybrid_model() -> tuple[Any, Any]:
+    """Megatron's model of layers that are single sub-layers, and its decoder: MambaModel until 0.17, then HybridModel."""
+    if megatron_version() < (0, 18):
+        from megatron.core.models.mamba.mamba_model import MambaModel
+        from megatron.core.ssm.mamba_block import MambaStack
+
+        return MambaModel, MambaStack
+    from megatron.core.models.hybrid.hybrid_block import HybridStack
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    return HybridModel, HybridStack
+
+
 def weight_shards(linear: Any) -> int:
     """Into how many shards a linear layer's weight is cut beside tensor parallelism (GTP, since 0.19)."""
     shards: int = getattr(linear, "gtp_remat_size", 1)

@@ -13,9 +13,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from pipehc.megatron.feed_forward import FeedForward
 from pipehc.megatron.te_wgrad import defer_te_layers, te_linear_layers
 from pipehc.megatron.versions import weight_shards
 from pipehc.model.hyper_connection import HyperConnection
+from pipehc.model.products import add_product, product_adds
 from pipehc.model.wgrad import Accumulate, Split, StandIns, linear
 
 
@@ -29,7 +31,7 @@ class Account(Protocol):
         """It is there."""
 
 
-def install_deferral(model: nn.Module, account: Account | None = None) -> None:
+def install_deferral(model: nn.Module, account: Account | None = None, *, add_products: bool = False) -> None:
     """Route the weight gradients of every column- and row-parallel linear of `model` through `pipehc.model.wgrad`; call it once.
 
     That is all projections of attention, dense FFN, routed and shared experts, and the output layer, with any tensor and sequence
@@ -46,6 +48,8 @@ def install_deferral(model: nn.Module, account: Account | None = None) -> None:
         model: a stage, or Megatron's DDP around one: then gradients go into `main_grad` through DDP's own hook, which also starts
             the overlapped reduction of a bucket whose gradients are complete.
         account: keeps track of these gradients.
+        add_products: the product that computes a weight gradient adds it to `main_grad`, where torch can: it is then never rounded
+            to the parameters' dtype, and the sum over micro-batches ends in other last digits.
 
     Raises:
         ValueError: for what replaces the weight gradient by another: defer_embedding_wgrad_compute, and weights in shards (GTP).
@@ -57,9 +61,12 @@ def install_deferral(model: nn.Module, account: Account | None = None) -> None:
             raise ValueError("defer_embedding_wgrad_compute = True: must be False, weight gradients are deferred by the schedule")
         if weight_shards(layer) != 1:
             raise ValueError(f"gtp_remat size = {weight_shards(layer)}: must be 1, weights in shards cannot be deferred")
-    accumulators = _Accumulators(model, account)
+    accumulators = _Accumulators(model, account, add_products)
     for layer in layers:
         layer._forward_impl = _forward_impl(layer, accumulators)
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.defer(accumulators.of)
     stand_ins = StandIns(accumulators.account)
     for module in model.modules():
         if isinstance(module, HyperConnection):
@@ -90,8 +97,9 @@ class _Accumulators:
     Called with None, it only says that the gradient has been added to `main_grad`.
     """
 
-    def __init__(self, model: nn.Module, account: Account | None) -> None:
+    def __init__(self, model: nn.Module, account: Account | None, add_products: bool) -> None:
         self._ddp, self._account = model if isinstance(model, DistributedDataParallel) else None, account
+        self._add_products = add_products
         self._made: dict[nn.Parameter, Callable[[torch.Tensor | None], None]] = {}
 
     def owe(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -102,6 +110,25 @@ class _Accumulators:
     def account(self, parameter: Any) -> Accumulate:
         """What takes its gradient, and is told before that it will come."""
         return Accumulate(self[parameter], owe=partial(self.owe, [parameter]))
+
+    def of(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> Accumulate:
+        """What takes the gradients of a linear layer, that of the weight as a product if it can be added as one."""
+        owe = partial(self.owe, [weight] if bias is None else [weight, bias])
+        return Accumulate(self[weight], None if bias is None else self[bias], owe, self._product(weight))
+
+    def _product(self, weight: Any) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+        if not self._add_products or self._ddp is None or not product_adds(weight, weight.main_grad):
+            return None
+        landed = self[weight]
+
+        def add(dy: torch.Tensor, x: torch.Tensor) -> None:
+            add_product(weight.main_grad, dy, x)
+            # DDP's hook looks for a gradient, and does not add one that says that it has been added.
+            weight.grad_added_to_main_grad = True
+            landed(weight.detach())
+            weight.grad_added_to_main_grad = False
+
+        return add
 
     def __getitem__(self, parameter: nn.Parameter) -> Callable[[torch.Tensor | None], None]:
         if parameter not in self._made:
@@ -134,8 +161,6 @@ def _forward_impl(layer: nn.Module, accumulators: _Accumulators) -> Callable[...
             return upstream(layer, input=input, weight=weight, bias=bias, **kwargs)
         scattered = kwargs["sequence_parallel"]
         split = Split(kwargs["tp_group"], scattered) if scattered or kwargs["allreduce_dgrad"] else None
-        of_weight, *of_bias = (accumulators[p] for p in parameters)
-        accumulate = Accumulate(of_weight, of_bias[0] if of_bias else None, partial(accumulators.owe, parameters))
-        return linear(input, weight, accumulate, bias, split)
+        return linear(input, weight, accumulators.of(*parameters), bias, split)
 
     return forward

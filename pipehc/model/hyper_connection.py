@@ -13,6 +13,9 @@ from pipehc import kernels
 from pipehc.kernels import manifolds
 from pipehc.kernels.coefficients import check_fixed
 from pipehc.kernels.manifolds import KINDS
+from pipehc.kernels.shapes import NORM_EPS
+from pipehc.model.norm import Norm, RMSNorm
+from pipehc.model.start import read_logits, reads, write_logits
 from pipehc.model.wgrad import StandIns
 
 PHI_STD = 0.02
@@ -27,7 +30,7 @@ class HyperConnection(nn.Module):
     s [] and gain_average [], to be set in place by a feedback controller.
 
     Streams are [s, b, n*C]; coefficients are [s*b, n] and [s*b, n, n]. With `track` set, the token mean of H_res is gathered for
-    diagnostics and feedback (`take_mean_h_res`).
+    diagnostics and feedback (`take_mean_h_res`). init, sublayer: where the maps start, and the number of the sub-layer (start.py).
     """
 
     def __init__(
@@ -41,6 +44,9 @@ class HyperConnection(nn.Module):
         condition: float = 1e4,
         static: bool = False,
         fixed: Collection[str] = (),
+        norm_eps: float = NORM_EPS,
+        init: str = "even",
+        sublayer: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(kind, str) or kind not in KINDS:
@@ -57,14 +63,16 @@ class HyperConnection(nn.Module):
             raise ValueError(f"static=True with kind={kind!r}: only {known} has a static form")
         self.hidden_size, self.streams, self.kind, self.fixed = hidden_size, streams, kind, tuple(fixed)
         self.initial_alpha: float = alpha
+        self._start = init, sublayer
+        reads(init, sublayer, streams)  # a wrong name is told now
         self.track = False
         self._stand_ins: StandIns | None = None
-        self._h_res_sum: Tensor | None = None
+        self._h_res_sums: list[Tensor] = []  # of a micro-batch each: adding them up here would be a launch more
         self._tokens = 0
         self.static = static
         # Both are checked whatever the kind: a wrong number is a mistake where it does not count, too.
-        manifolds.Birkhoff(iterations), manifolds.Isometric(condition)
-        self._settings_of_maps = manifolds.Settings(iterations, condition, static)
+        manifolds.Birkhoff(iterations, norm_eps=norm_eps), manifolds.Isometric(condition)
+        self._settings_of_maps = manifolds.Settings(iterations, condition, static, norm_eps)
         if family.scalar_is == "learned":
             self.blend_logit = nn.Parameter(torch.empty(1))  # one dimension: Megatron's weight decay spares no other scalars
         if family.scalar_is == "controlled":
@@ -94,11 +102,13 @@ class HyperConnection(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """phi normal(0, 0.02), alpha 0.01; with alpha = 0 the bias gives H_pre = 1/n, H_post = 1, H_res (nearly) the identity."""
+        """phi normal(0, 0.02), alpha 0.01; with alpha = 0 the bias gives H_pre and H_post of `init`, and H_res (nearly) I."""
         if self.phi is not None and self.alpha is not None:
             self.phi.normal_(0.0, PHI_STD, generator=generator)
             self.alpha.fill_(self.initial_alpha)
-        self.bias.copy_(self.manifold.initial_bias(self.streams))
+        (init, sublayer), n = self._start, self.streams
+        logits = read_logits(init, sublayer, n), write_logits(init, n, generator)
+        self.bias.copy_(self.manifold.initial_bias(reads(init, sublayer, n), *logits))
         if KINDS[self.kind].scalar_is == "learned":
             self.blend_logit.zero_()
 
@@ -124,52 +134,74 @@ class HyperConnection(nn.Module):
         """Input of the sub-layer, [s, b, C]."""
         return kernels.pre(self._split(x), h_pre).view(*x.shape[:2], self.hidden_size)
 
-    def coefficients_pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Input of the sub-layer [s, b, C], H_post and H_res, in one launch: the start of a stage."""
-        y, h_post, h_res = kernels.coefficients_pre(self._split(x), *self._parameters_of_maps(), **self._settings())
-        self._record(h_res)
-        return y.view(*x.shape[:2], self.hidden_size), h_post, h_res
+    def coefficients_pre(self, x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Input of the sub-layer [s, b, C], H_post and H_res, in one launch: the start of a stage.
 
-    def post_res(self, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
-        """Streams after the sub-layer, [s, b, n*C], from its output f [s, b, C]."""
-        return kernels.post_res(self._split(x), self._tokens_of(f), h_post, h_res).view(x.shape)
+        norm: of that input. An `RMSNorm` is part of the launch, others come after it.
+        """
+        y, h_post, h_res = kernels.coefficients_pre(self._split(x), *self._parameters_of_maps(), **self._settings(norm))
+        self._record(h_res)
+        return _after(norm, y.view(*x.shape[:2], self.hidden_size)), h_post, h_res
+
+    def post_res(self, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, *, result: bool = True) -> Tensor:
+        """Streams after the sub-layer, [s, b, n*C], from its output f [s, b, C]; see `kernels.post_res`."""
+        return kernels.post_res(self._split(x), self._tokens_of(f), h_post, h_res, result=result).view(x.shape)
 
     def post_res_pre(
-        self, x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor, following: HyperConnection
+        self,
+        x: Tensor,
+        f: Tensor,
+        h_post: Tensor,
+        h_res: Tensor,
+        following: HyperConnection,
+        norm: Norm | None = None,
+        on_gradient: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`post_res` of this sub-layer and `coefficients_pre` of the `following` one in one launch: x', y', H_post', H_res'."""
+        """`post_res` of this sub-layer and `coefficients_pre` of the `following` one in one launch: x', y', H_post', H_res'.
+
+        on_gradient: called in the backward with the whole gradient of x', [s*b, n, C].
+        """
+        before = self._split(x), self._tokens_of(f), h_post, h_res
         x_next, y, h_post_next, h_res_next = kernels.post_res_pre(
-            self._split(x), self._tokens_of(f), h_post, h_res, *following._parameters_of_maps(), **following._settings()
+            *before, *following._parameters_of_maps(), **following._settings(norm), on_gradient=on_gradient
         )
         following._record(h_res_next)
-        return x_next.view(x.shape), y.view(f.shape), h_post_next, h_res_next
+        return x_next.view(x.shape), _after(norm, y.view(f.shape)), h_post_next, h_res_next
 
     def forward(
-        self, x: Tensor, previous: tuple[HyperConnection, Tensor, Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        previous: tuple[HyperConnection, Tensor, Tensor, Tensor] | None = None,
+        norm: Norm | None = None,
     ) -> tuple[Tensor, ...]:
         """`coefficients_pre` of x; or, with what the sub-layer before left (its connection, f, H_post, H_res), its `post_res_pre`.
 
         Called as a module, so that hooks on the parameters' owner run.
         """
         if previous is None:
-            return self.coefficients_pre(x)
+            return self.coefficients_pre(x, norm)
         before, f, h_post, h_res = previous
-        return before.post_res_pre(x, f, h_post, h_res, self)
+        return before.post_res_pre(x, f, h_post, h_res, self, norm)
 
     # -- diagnostics
 
+    @torch.no_grad()
+    def h_pre(self, x: Tensor) -> Tensor:
+        """H_pre [s*b, n] alone, which no operation on whole sub-layers returns."""
+        h_pre: Tensor = kernels.coefficients(self._split(x), *self._parameters_of_maps(), **self._settings())[0]
+        return h_pre
+
     def take_mean_h_res(self) -> Tensor | None:
         """Mean of the applied H_res over all tokens since the last call, [n, n] fp32; None if nothing ran with `track` set."""
-        if self._h_res_sum is None:
+        if not self._h_res_sums:
             return None
-        mean = self._h_res_sum / self._tokens
-        self._h_res_sum, self._tokens = None, 0
+        mean = torch.stack(self._h_res_sums).sum(0) / self._tokens
+        self._h_res_sums, self._tokens = [], 0
         return mean
 
     def _record(self, h_res: Tensor) -> None:
         if self.track and h_res.shape[0]:
-            total = h_res.detach().sum(0)
-            self._h_res_sum = total if self._h_res_sum is None else self._h_res_sum + total
+            self._h_res_sums.append(h_res.detach().sum(0))
             self._tokens += h_res.shape[0]
 
     # -- layout
@@ -185,8 +217,9 @@ class HyperConnection(nn.Module):
         """Parameters on their way into a graph."""
         return parameters if self._stand_ins is None else tuple(map(self._stand_ins, parameters))
 
-    def _settings(self) -> dict[str, Any]:
-        return {"manifold": self.manifold, "fixed": self.fixed}
+    def _settings(self, norm: Norm | None = None) -> dict[str, Any]:
+        settings: dict[str, Any] = {"manifold": self.manifold, "fixed": self.fixed}
+        return settings | {"norm": norm.weight(), "eps": norm.eps} if isinstance(norm, RMSNorm) else settings
 
     def _split(self, x: Tensor) -> Tensor:
         if x.dim() != 3 or x.shape[2] != self.streams * self.hidden_size:
@@ -195,6 +228,11 @@ class HyperConnection(nn.Module):
 
     def _tokens_of(self, f: Tensor) -> Tensor:
         return f.reshape(-1, self.hidden_size)
+
+
+def _after(norm: Norm | None, y: Tensor) -> Tensor:
+    """y, normed unless the kernels have done it."""
+    return y if norm is None or isinstance(norm, RMSNorm) else norm(y)
 
 
 def expand(x: Tensor, streams: int) -> Tensor:

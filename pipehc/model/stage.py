@@ -12,6 +12,7 @@ import torch
 
 from pipehc.comm.queues import Queue
 from pipehc.model.overlap import Half, overlap
+from pipehc.model.probe import Probe
 from pipehc.model.sublayers import CONTEXT
 from pipehc.model.wgrad import WeightGradStore
 from pipehc.recompute import Chain, Pass, SavedBytes
@@ -37,14 +38,21 @@ class ChainStage(ABC):
 
     Its programs are compiled with `high`: the end of the last FFN, in both directions, is on that queue.
     chain: of the stage. queues: see `comm.queues.make_queues`. recompute: drop after the forward what hyper-connections can
-    rebuild. watch: see NodeWatch. count: counts what is kept for the first micro-batch. With gradients switched off, only `forward`
-    may be called.
+    rebuild. watch: see NodeWatch. count: counts what is kept for the first micro-batch. probe: looks at micro-batch 0, if it
+    comes this way. With gradients switched off, only `forward` may be called.
     """
 
     def __init__(
-        self, chain: Chain, queues: Mapping[str, Queue], recompute: bool, watch: NodeWatch | None, count: SavedBytes | None
+        self,
+        chain: Chain,
+        queues: Mapping[str, Queue],
+        recompute: bool,
+        watch: NodeWatch | None,
+        count: SavedBytes | None,
+        probe: Probe | None = None,
     ) -> None:
         self.chain, self._queues, self._recompute, self._watch, self._count = chain, queues, recompute, watch, count
+        self._probe = probe
         self._live: dict[int, Any] = {}
         self._deferred: dict[int, WeightGradStore] = {}
 
@@ -89,8 +97,9 @@ class ChainStage(ABC):
     def _pass(self, microbatch: int, given: Mapping[str, Any], store: WeightGradStore) -> Pass:
         watch = None if self._watch is None else partial(self._piece, self._watch, microbatch)
         count, self._count = self._count, None
-        scopes = {"scope": store.deferring, "backward_scope": store.receiving}
-        return Pass(self.chain, self._queues, given, recompute=self._recompute, **scopes, count=count, watch=watch)
+        scopes: dict[str, Any] = {"scope": store.deferring, "backward_scope": store.receiving}
+        probe = self._probe if microbatch == 0 else None
+        return Pass(self.chain, self._queues, given, recompute=self._recompute, **scopes, count=count, watch=watch, probe=probe)
 
     def _piece(self, watch: NodeWatch, microbatch: int, kind: Literal["F", "B", "R"], index: int) -> Callable[[], None]:
         piece, last = self.chain.pieces[index], self.chain.nodes[-1]
@@ -102,9 +111,9 @@ class ChainStage(ABC):
 class ModelStage(ChainStage):
     """A stage of our trainer's model.
 
-    chain: of a StageModel; its result is the streams, or the summed loss of the last stage. batch: micro-batch -> (tokens, labels),
-    both int64 [b, s]; asked by the first and the last stage alone. loss_scale: the factor of the loss in the backward, for example
-    1 / tokens of the global batch.
+    chain: of a StageModel; its result is the streams, or what the last stage makes: the summed loss, that and those of depths, or
+    that and hits. batch: micro-batch -> (tokens, labels), both int64 [b, s]; asked by the first and the last stage alone.
+    loss_scale: the factor of the losses in the backward, for example 1 / labels of the global batch that count.
     """
 
     def __init__(
@@ -117,21 +126,22 @@ class ModelStage(ChainStage):
         recompute: bool = False,
         watch: NodeWatch | None = None,
         count: SavedBytes | None = None,
+        probe: Probe | None = None,
     ) -> None:
-        super().__init__(chain, queues, recompute, watch, count)
+        super().__init__(chain, queues, recompute, watch, count, probe)
         self._batch, self._loss_scale = batch, loss_scale
         needed = {name for piece in chain.pieces for name in piece.inputs}
-        self._first, self._last = "tokens" in needed, "labels" in needed
-        self.losses: dict[int, torch.Tensor] = {}  # micro-batch -> summed, unscaled loss, on the last stage
+        self._wanted = needed & {"tokens", "labels"}
+        self._first, self._last = "x0" in chain.maker, "labels" in needed
+        self.losses: dict[int, torch.Tensor] = {}  # micro-batch -> the last stage's result, unscaled
 
     def run_forward(self, microbatch: int, x: torch.Tensor | None, issue: Callable[[Pass], None]) -> torch.Tensor | None:
         given: dict[str, Any] = {CONTEXT: None}
         if x is not None:
             given["x0"] = x
-        if self._first or self._last:
-            tokens, labels = self._batch(microbatch)
-            given |= {"tokens": tokens} if self._first else {}
-            given |= {"labels": labels} if self._last else {}
+        if self._wanted:
+            batch = dict(zip(("tokens", "labels"), self._batch(microbatch), strict=True))
+            given |= {name: batch[name] for name in self._wanted}
         store = WeightGradStore()
         live = Live(store, self._pass(microbatch, given, store))
         issue(live.run)

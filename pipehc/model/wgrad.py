@@ -97,11 +97,21 @@ class Split(NamedTuple):
 
 
 class Accumulate(NamedTuple):
-    """What takes the gradient of the weight [m, k], and of the bias [m] if there is one. owe: called before, in the backward."""
+    """What takes the gradient of the weight [m, k], and of the bias [m] if there is one. owe: called before, in the backward.
+    product: takes the gradient of the weight as the factors of `add`, where a product can add itself up."""
 
     weight: Callable[[torch.Tensor], None]
     bias: Callable[[torch.Tensor], None] | None = None
     owe: Callable[[], None] = lambda: None
+    product: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+
+    @torch.no_grad()
+    def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+        """The gradient of the weight: dy [tokens, m] transposed times x [tokens, k]."""
+        if self.product is None:
+            self.weight(dy.t().matmul(x))
+        else:
+            self.product(dy, x)
 
 
 def linear(
@@ -130,7 +140,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, accumulate, split, store):  # type: ignore[no-untyped-def,override]
         ctx.save_for_backward(x, weight)
         ctx.accumulate, ctx.split, ctx.store = accumulate, split, store
-        y = _start_gather(x, split)().matmul(weight.t())
+        y = start_gather(x, split)().matmul(weight.t())
         return y if bias is None else y + bias
 
     @staticmethod
@@ -138,14 +148,14 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         accumulate = ctx.accumulate
 
-        gather = _start_gather(x, ctx.split)
+        gather = start_gather(x, ctx.split)
         dx = dy.matmul(weight)
         whole = gather()
-        finish = _start_sum(dx, ctx.split)
+        finish = start_sum(dx, ctx.split)
 
         def compute() -> None:
             rows = dy.reshape(-1, dy.shape[-1])
-            accumulate.weight(rows.t().matmul(whole.reshape(-1, whole.shape[-1])))
+            accumulate.add(rows, whole.reshape(-1, whole.shape[-1]))
             if accumulate.bias is not None:
                 accumulate.bias(rows.sum(dim=0))
 
@@ -195,8 +205,8 @@ def _hand_over(accumulate: Accumulate, leaf: torch.Tensor) -> None:
         store.put_gradient(accumulate.weight, gradient)
 
 
-def _start_gather(x: torch.Tensor, split: Split | None) -> Callable[[], torch.Tensor]:
-    """Starts to bring the parts of the first dimension together; returns what ends it and gives the whole."""
+def start_gather(x: torch.Tensor, split: Split | None) -> Callable[[], torch.Tensor]:
+    """Starts to bring the parts of the first dimension of `x` together; returns what ends it and gives the whole."""
     if split is None or not split.sequence:
         return lambda: x
     part = x.contiguous()
@@ -205,7 +215,7 @@ def _start_gather(x: torch.Tensor, split: Split | None) -> Callable[[], torch.Te
     return _ended(work, part, whole)
 
 
-def _start_sum(dx: torch.Tensor, split: Split | None) -> Callable[[], torch.Tensor]:
+def start_sum(dx: torch.Tensor, split: Split | None) -> Callable[[], torch.Tensor]:
     """Starts to sum over the group; returns what ends it and gives the sum, or this rank's part of its first dimension."""
     if split is None:
         return lambda: dx

@@ -13,9 +13,9 @@ class Activations(NamedTuple):
     """Bytes for one micro-batch on one stage (see `recompute.saved.SavedBytes`).
 
     streams: n*C numbers a token at the start of every recompute block. outputs: of every F, C a token. f: what F saves for itself,
-    with embedding and loss; not planned. connections: what hyper-connections save; with recomputation nothing. rebuilt: with
-    recomputation, what one block rebuilds, there for one micro-batch at a time; planned without the coefficients, which are a few
-    dozen numbers a token and sub-layer, and x_l0, which is kept, is planned as if rebuilt.
+    with embedding, loss and depth modules; not planned. connections: what hyper-connections save; with recomputation nothing.
+    rebuilt: with recomputation, what one block rebuilds, there for one micro-batch at a time; planned without the coefficients,
+    which are a few dozen numbers a token and sub-layer, and x_l0, which is kept, is planned as if rebuilt.
     """
 
     streams: int
@@ -26,10 +26,12 @@ class Activations(NamedTuple):
 
 
 def planned(config: Config) -> list[Activations] | None:
-    """By stage, from the sizes alone: nC a block, C a sub-layer, (n + 2) C a rebuilt sub-layer. None without recomputation."""
+    """By stage, from the sizes alone: nC a block, C a sub-layer, (n + 2) C a rebuilt sub-layer, for a rank's part of the tokens.
+    None without recomputation."""
     if not config.recompute.enabled:
         return None
-    unit = config.train.sequence_length * config.train.micro_batch * config.model.hidden_size * BYTES[config.train.precision]
+    tokens = config.train.sequence_length // config.parallel.tp * config.train.micro_batch
+    unit = tokens * config.model.hidden_size * BYTES[config.train.precision]
     streams, found = config.residual.width, []
     for blocks in config.stage_blocks():
         sublayers = 2 * len(blocks)

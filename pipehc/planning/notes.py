@@ -65,14 +65,15 @@ def _one_f_one_b(config: Config, dp: int) -> list[str]:
 
 
 def _dualpipe(config: Config, dp: int) -> list[str]:
-    ranks, ep, replicas = config.parallel.pp, config.parallel.ep, 2 * dp * config.parallel.tp
-    one_lane = max(stage.on_rank(ep) for stage in parameters.stages(config))
-    experts = f" (routed experts: over {replicas // ep})" if ep > 1 else ""
+    ranks, tp, ep, replicas = config.parallel.pp, config.parallel.tp, config.parallel.ep, 2 * dp
+    one_lane = max(stage.on_rank(tp, ep) for stage in parameters.stages(config))
+    experts = f" (routed experts: over {replicas * tp // ep})" if ep > 1 or tp > 1 else ""
     return [
         f"'2x parameters': two directions need two replicas of every stage; rank r holds stage r of the one and stage "
         f"{ranks - 1} - r of the other. Here that is at most {human(max(parameters.ranks(config)))} parameters a rank, against "
         f"{human(one_lane)} under 1F1B over the same {ranks} ranks. Gradients of the replicas are summed every step; optimizer "
-        f"state exists once, sharded over the {replicas} ranks that hold a stage{experts}.",
+        f"state exists once, sharded over the {replicas} ranks that hold "
+        f"{'a part of ' if tp > 1 else ''}a stage{experts}.",
         f"'P+1 activations': {_live(config, dp)} 1F1B would keep {min(ranks, config.microbatches(dp))} on rank 0 and 1 on the "
         "last: the fullest rank needs about the same, but here every rank needs it.",
         f"Bubble (P/2-1)(F&B + B - 3W): a rank idles {_share(config, dp, ranks - 2)}; 1F1B over the same ranks "

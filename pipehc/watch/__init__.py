@@ -1,4 +1,5 @@
-"""What a run shows and leaves behind: recorded steps, metrics, progress, the run folder; and the reading of profiles.
+"""What a run shows and leaves behind: recorded steps, metrics, progress, the run folder; readers of profiles, pictures of runs.
 
-Imports model, schedules and comm. Begin with `trace.py`, which records a step as spans; `profiles/` reads others' recordings.
+Imports model, schedules and comm. Begin with `trace.py`, which records a step as spans; `profiles/` reads others' recordings,
+`pictures/` draws runs.
 """

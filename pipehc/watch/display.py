@@ -11,6 +11,7 @@ from rich.table import Column
 # How a metric is shown, in this order; other metrics are written to files only. Short: all fits into 80 columns.
 _SHOWN = {
     "loss": ("loss", ".4f"),
+    "mtp_1_loss": ("mtp", ".2f"),
     "tokens_per_s": ("tok/s", ",.0f"),
     "grad_norm": ("|grad|", ".3g"),
     "lr": ("lr", ".2e"),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -12,14 +13,17 @@ from rich.console import Console
 
 from pipehc.checkpoint.aside import set_aside
 from pipehc.watch.display import Display
+from pipehc.watch.stream_warnings import summary
+from pipehc.watch.whole_file import write_whole
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+DIAGNOSTICS = "diagnostics.jsonl"
 TENSORBOARD = "tensorboard"
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, one line a step; what is not finite is null.
+    """`metrics.jsonl`, `diagnostics.jsonl`: one JSON object a line, one line a step; what is not finite is null.
 
     Opened at `start_step` k > 0 (a resumed run), lines of steps after k go, because these steps are done again. At 0 (a new
     run) an earlier file is kept under another name.
@@ -27,21 +31,23 @@ class MetricsFile:
 
     def __init__(self, path: Path, start_step: int) -> None:
         self.best: dict[str, Any] | None = None  # step and val_loss of the best evaluation
+        self.kept: list[dict[str, Any]] = []  # the lines before the start
         self._last_step: int | None = None
         if start_step == 0:
             set_aside(path)
-        kept = [line for line in _read(path) if line["step"] <= start_step]
+        kept = self.kept = [line for line in read_lines(path) if line["step"] <= start_step]
         for line in kept:
             self._note_best(line)
         if path.exists():
-            _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._last_step = kept[-1]["step"] if kept else None
         self._file: BinaryIO = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by close)
         self._file.seek(0, os.SEEK_END)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append a line and flush it; a second call for the last step adds to its line."""
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line and flush it; a second call for the last step adds to its line. values: numbers, texts, lists of them,
+        mappings."""
+        finite = {key: _finite(value) for key, value in values.items()}
         self._note_best({"step": step, **finite})
         if step == self._last_step:
             # One write over the closing brace: at no time is the line gone.
@@ -66,7 +72,7 @@ class Reporter:
     """Reports a run of `total_steps` steps that goes on after `start_step`. Every rank may make and call one; only the one with
     `is_main` writes and prints. As a context manager it gives the terminal back when the training fails.
 
-    config: the text of the resolved configuration, saved in `folder`.
+    config: the text of the resolved configuration, saved in `folder`. diagnostics: whether there will be `streams`.
     Raises ValueError, on every rank, if TensorBoard is asked for (`tensorboard`) but not installed.
     """
 
@@ -79,12 +85,14 @@ class Reporter:
         is_main: bool = True,
         config: str | None = None,
         console: Console | None = None,
+        diagnostics: bool = False,
     ) -> None:
         if tensorboard:
             check_tensorboard()
         self._folder = Path(folder)
         self._display: Display | None = None
         self._file: MetricsFile | None = None
+        self._streams: MetricsFile | None = None
         self._board: Any = None
         if not is_main:
             return
@@ -92,6 +100,8 @@ class Reporter:
         if config is not None:
             save_config(self._folder, config)
         self._file = MetricsFile(self._folder / METRICS, start_step)
+        if diagnostics or (self._folder / DIAGNOSTICS).exists():  # lines of another course must not stay beside these metrics
+            self._streams = MetricsFile(self._folder / DIAGNOSTICS, start_step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
 
@@ -110,10 +120,26 @@ class Reporter:
         if self._display:
             self._display.step(step, metrics)
 
-    def evaluation(self, step: int, val_loss: float) -> None:
-        """After an evaluation of the weights after `step` steps; val_loss in nats per token."""
-        self._record(step, {"val_loss": val_loss})
-        self.say(f"step {step}: validation loss {val_loss:.4f}")
+    def evaluation(self, step: int, val_loss: float, val_accuracy: float | None = None) -> None:
+        """After an evaluation of the weights after `step` steps; val_loss in nats per token, val_accuracy from 0 to 1."""
+        self._record(step, {"val_loss": val_loss} | ({} if val_accuracy is None else {"val_accuracy": val_accuracy}))
+        accuracy = "" if val_accuracy is None else f"  accuracy {100 * val_accuracy:.2f} %"
+        self.say(f"step {step}: validation loss {val_loss:.4f}{accuracy}")
+
+    @property
+    def earlier_streams(self) -> list[dict[str, Any]]:
+        """The diagnosed steps of this run before it was resumed."""
+        return self._streams.kept if self._streams else []
+
+    def streams(self, step: int, figures: Mapping[str, Any], warnings: Sequence[str] = ()) -> None:
+        """After a diagnosed step: its figures, by the names of diagnostics.jsonl, and what they warn of."""
+        if self._streams:
+            self._streams.write(step, {**figures, **({"warnings": list(warnings)} if warnings else {})})
+        if self._board:
+            for key, value in summary(figures).items():
+                self._board.add_scalar(f"streams/{key}", value, step)
+        for text in warnings:
+            self.warn(f"step {step}: {text}")
 
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -137,10 +163,10 @@ class Reporter:
 
     def close(self) -> None:
         """Close files and give the terminal back, without a last line."""
-        for part in (self._display, self._board, self._file):
+        for part in (self._display, self._board, self._file, self._streams):
             if part:
                 part.close()
-        self._display = self._board = self._file = None
+        self._display = self._board = self._file = self._streams = None
 
     def __enter__(self) -> "Reporter":
         return self
@@ -170,11 +196,11 @@ def save_config(folder: str | os.PathLike, text: str) -> Path:
     if path.exists() and path.read_text() == text:
         return path
     set_aside(path)
-    _replace(path, text)
+    write_whole(path, text)
     return path
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines that can be read: a crash may have cut the last one."""
     lines = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -187,10 +213,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _replace(path: Path, text: str) -> None:
-    temp = path.with_name(f".{path.name}.tmp")
-    with open(temp, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temp.replace(path)
+def _finite(value: Any) -> Any:
+    """The same for JSON: null for what is not finite."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(part) for key, part in value.items()}
+        case list() | tuple():
+            return [_finite(part) for part in value]
+    return value

@@ -81,16 +81,16 @@ def test_targets_may_be_parameters_and_strided(tmp_path):
 def test_tile_accepts_exactly_what_covers(cuts, total):
     """Against a count of how often each element is covered."""
     edges = [0, *sorted(c for c in cuts if c <= total), total]
-    ranks = [{"x": Piece((total,), "float32", a, b - a)} for a, b in pairwise(edges)]
+    ranks = [{"x": [Piece((total,), "float32", a, b - a)]} for a, b in pairwise(edges)]
     assert tile(ranks) == {"x": Stored((total,), "float32")}
     assert tile([*ranks, ranks[0]]) == {"x": Stored((total,), "float32")}  # a replica
     for drop in range(len(ranks)):
-        if ranks[drop]["x"].length:
+        if ranks[drop]["x"][0].length:
             with pytest.raises(ValueError, match="held by no rank"):
-                tile([*ranks[:drop], {"x": Piece((total,), "float32", 0, 0)}, *ranks[drop + 1 :]])
+                tile([*ranks[:drop], {"x": [Piece((total,), "float32", 0, 0)]}, *ranks[drop + 1 :]])
     if total > 1:
-        wider = {"x": Piece((total,), "float32", 0, total - 1)}
-        pieces = [p["x"] for p in [*ranks, wider]]
+        wider = {"x": [Piece((total,), "float32", 0, total - 1)]}
+        pieces = [p["x"][0] for p in [*ranks, wider]]
         covered = [len({(p.start, p.length) for p in pieces if p.start <= e < p.start + p.length}) for e in range(total)]
         if all(c == 1 for c in covered):
             tile([*ranks, wider])
@@ -101,7 +101,7 @@ def test_tile_accepts_exactly_what_covers(cuts, total):
 
 def test_match_names_what_differs():
     stored = {"a": Stored((2, 3), "float32"), "b": Stored((4,), "bfloat16")}
-    a, b = Piece((2, 3), "float32", 0, 6), Piece((4,), "bfloat16", 0, 4)
+    a, b = [Piece((2, 3), "float32", 0, 6)], [Piece((4,), "bfloat16", 0, 4)]
     match(stored, [{"a": a}, {"b": b}], strict=True)
     match(stored, [{"a": a}], strict=False)
     with pytest.raises(ValueError, match=r"does not have: b$"):
@@ -109,9 +109,9 @@ def test_match_names_what_differs():
     with pytest.raises(ValueError, match=r"lacks c, d, e and 1 more$"):
         match(stored, [{"a": a, "b": b}, dict.fromkeys("cdef", a)], strict=False)
     with pytest.raises(ValueError, match=r"a: the checkpoint holds shape \[2, 3\] float32, the model wants shape \[3, 2\]"):
-        match(stored, [{"a": Piece((3, 2), "float32", 0, 6), "b": b}], strict=True)
+        match(stored, [{"a": [Piece((3, 2), "float32", 0, 6)], "b": b}], strict=True)
     with pytest.raises(ValueError, match=r"b: .* shape \[4\] bfloat16, the model wants shape \[4\] float32"):
-        match(stored, [{"a": a, "b": Piece((4,), "float32", 0, 4)}], strict=True)
+        match(stored, [{"a": a, "b": [Piece((4,), "float32", 0, 4)]}], strict=True)
 
 
 def test_flat_slice_refuses_ranges_outside_the_tensor():
@@ -120,4 +120,4 @@ def test_flat_slice_refuses_ranges_outside_the_tensor():
             FlatSlice((2, 3), start, torch.zeros(length))
     with pytest.raises(ValueError, match="1-D"):
         FlatSlice((2, 3), 0, torch.zeros(2, 3))
-    assert flat_slices.pieces({"end": FlatSlice((2, 3), 6, torch.zeros(0))}) == {"end": Piece((2, 3), "float32", 6, 0)}
+    assert flat_slices.pieces({"end": FlatSlice((2, 3), 6, torch.zeros(0))}) == {"end": [Piece((2, 3), "float32", 6, 0)]}

@@ -25,6 +25,7 @@ def test_every_key_of_the_schema_is_classified_and_no_other() -> None:
     "model.experts_active=1", "model.rope_theta=500000", "model.norm_eps=1e-6", "model.hidden_size=64", "model.heads=2",
     "model.vocab_size=512", "model.blocks=9", "model.dense_blocks=2", "model.head_dim=16", "model.rope_dim=8", "model.kv_rank=32",
     "model.expert_ffn_size=32", "model.dense_ffn_size=64", "model.experts=4", "model.experts_shared=2",
+    "model.mtp_depth=1",
 ])  # fmt: skip
 def test_another_model(change: str) -> None:
     assert changed("", change) == {change.split("=")[0]: Effect.MODEL}
@@ -36,6 +37,8 @@ def test_another_model(change: str) -> None:
     "trace.nvtx=true", "model.init_std=0.5", "residual.alpha=0.5", "search.f=2", "checkpoint.resume=never",
     # used by no hyper-connection of this kind
     "residual.condition=10", "residual.target_gain=3", "residual.smallest_s=0.5",
+    # used by depth modules
+    "model.mtp_loss_weight=1", "model.mtp_input=sum",
 ])  # fmt: skip
 def test_changes_that_do_not_matter(change: str) -> None:
     assert changed("", change) == {}
@@ -45,6 +48,9 @@ def test_changes_that_are_said() -> None:
     now = "train.steps=300 train.global_batch=64 optimizer.lr=1e-4 train.precision=bf16 model.bias_update_rate=0"
     now += " evaluation.samples=128"
     assert changed("", now) == {change.split("=")[0]: Effect.TRAINING for change in now.split()}
+    retrieval = "data.kind=retrieval"
+    assert changed(retrieval, f"{retrieval} data.pairs=4") == {"data.pairs": Effect.DATA}
+    assert changed("data.suffixes=[.c]", retrieval) == {"data.kind": Effect.DATA, "data.suffixes": Effect.DATA}
     assert changed("", "train.seed=3 data.suffixes=[.c]") == {"train.seed": Effect.DATA, "data.suffixes": Effect.DATA}
 
 
@@ -57,6 +63,11 @@ def test_keys_count_where_they_are_used() -> None:
         "residual.target_gain": Effect.TRAINING
     }
     assert changed("residual.fixed=[pre,res]", "residual.fixed=[res,pre]") == {}  # a set
+    deep = "model.mtp_depth=1"
+    assert changed(deep, f"{deep} model.mtp_loss_weight=1 model.mtp_input=sum") == {
+        "model.mtp_loss_weight": Effect.TRAINING,
+        "model.mtp_input": Effect.MODEL,
+    }
     dense = "model.dense_blocks=8"
     assert changed(dense, f"{dense} model.experts_active=1 model.experts_shared=0 model.bias_update_rate=0") == {}
     assert changed("model.dense_blocks=0", "model.dense_blocks=0 model.dense_ffn_size=64") == {}

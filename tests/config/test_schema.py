@@ -147,3 +147,32 @@ def test_paper_configurations(name: str) -> None:
     assert check_world_size(config, config.parallel.pp * config.parallel.dp) == config.parallel.dp
     if name == "27b_pp8":
         assert (config.parallel.pp, config.schedule.name) == (8, "dualpipe")
+
+
+RETRIEVAL = "data.kind=retrieval train.sequence_length=24"
+
+
+def test_retrieval() -> None:
+    config = load_config(DEMO, RETRIEVAL.split())
+    assert (config.data.kind, config.data.pairs) == ("retrieval", 8)
+    load_config(DEMO, [*RETRIEVAL.split(), "data.pairs=4", "train.sequence_length=12"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (f"{RETRIEVAL} data.paths=[text]", r"data\.paths: \['text'\]: must be left out with data\.kind retrieval"),
+        (f"{RETRIEVAL} data.tokenizer=words.json", r"data\.tokenizer: 'words\.json': must be left out"),
+        (f"{RETRIEVAL} data.end_of_document=a", r"data\.end_of_document: 'a': must be left out"),
+        (f"{RETRIEVAL} data.suffixes=[.c]", r"data\.suffixes: \['\.c'\]: must be left out"),
+        (f"{RETRIEVAL} data.validation_fraction=0.2", r"data\.validation_fraction: 0\.2: must be left out"),
+        (f"{RETRIEVAL} model.vocab_size=255", r"model\.vocab_size: 255: must be at least 256 with data\.kind retrieval"),
+        (f"{RETRIEVAL} train.sequence_length=23", r"train\.sequence_length: 23: must be at least 3 x data\.pairs = 24"),
+        ("data.pairs=4", r"data\.pairs: 4: only retrieval takes it, but data\.kind is text"),
+        (f"{RETRIEVAL} data.pairs=129", r"data\.pairs: 129: .*at most 128"),
+    ],
+)
+def test_what_retrieval_does_not_take(overrides: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(DEMO, overrides.split())
+    assert "\n" not in str(error.value)

@@ -7,17 +7,19 @@ from functools import partial
 
 import megatron_job
 import torch
+from hybrid_model import hybrid_provider
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # imported before any `enable`
 
 
 class Provider:
-    """config: of the model. After `provide_distributed_model` chunks are in DDP."""
+    """config: of the model. pattern: its layers, of a HybridModel. After `provide_distributed_model` chunks are in DDP."""
 
-    def __init__(self, config):
+    def __init__(self, config, pattern=None):
         self.config = config
+        self.provider = megatron_job.provider(config) if pattern is None else hybrid_provider(config, pattern)
 
     def provide(self, pre_process, post_process, vp_stage=None):
-        return megatron_job.provider(self.config)(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        return self.provider(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
 
     def provide_distributed_model(self, ddp_config, pg_collection):
         from megatron.core.distributed import DistributedDataParallel
@@ -38,7 +40,7 @@ class Provider:
 class Loop:
     """One rank's training. overlap: of the reduction of gradients."""
 
-    def __init__(self, overlap=False, layers=8, **parallel):
+    def __init__(self, overlap=False, layers=8, pattern=None, **parallel):
         from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.process_groups_config import ProcessGroupCollection
@@ -46,7 +48,7 @@ class Loop:
         self.config = megatron_job.model_config(layers=layers, **parallel)
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         ddp = DistributedDataParallelConfig(overlap_grad_reduce=overlap)
-        self.model = Provider(self.config).provide_distributed_model(ddp, self.groups)
+        self.model = Provider(self.config, pattern).provide_distributed_model(ddp, self.groups)
         settings = OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.01, clip_grad=1.0, params_dtype=torch.float32)
         self.optimizer = get_megatron_optimizer(settings, self.model, use_gloo_process_groups=False)
         if overlap:

@@ -33,6 +33,15 @@ def cut(tensor: torch.Tensor, bounds: list[int], rank: int) -> FlatSlice:
     return FlatSlice(tuple(tensor.shape), start, tensor.reshape(-1)[start:stop].clone())
 
 
+def interleaved(tensor: torch.Tensor, world: int, rank: int) -> list[FlatSlice]:
+    """Every world-th element that is not one of the last two, which one rank has."""
+    total = tensor.numel()
+    starts = [*range(rank, total - 2, world)]
+    found = [FlatSlice(tuple(tensor.shape), start, tensor.reshape(-1)[start : start + 1].clone()) for start in starts]
+    end = max(0, total - 2)
+    return [*found, FlatSlice(tuple(tensor.shape), end, tensor.reshape(-1)[end:].clone())] if rank == world - 1 else found
+
+
 def bounds(name: str, world: int, seed: int) -> list[int]:
     """Uneven cuts, some of them empty."""
     total = math.prod(SHAPES[name][0])
@@ -41,12 +50,14 @@ def bounds(name: str, world: int, seed: int) -> list[int]:
 
 
 def held(rank: int, world: int, seed: int) -> dict[str, Held]:
-    """A layout: some tensors sliced over all ranks, some whole everywhere, some whole on one rank only."""
+    """A layout: some tensors sliced over all ranks, some in many ranges, some whole everywhere, some whole on one rank only."""
     result: dict[str, Held] = {}
     for i, name in enumerate(SHAPES):
-        kind = (i + seed) % 3
+        kind = (i + seed) % 4
         if kind == 0:
             result[name] = cut(reference(name), bounds(name, world, seed), rank)
+        elif kind == 3:
+            result[name] = interleaved(reference(name), world, rank)
         elif kind == 1 or rank == i % world:
             result[name] = reference(name)
     return result
@@ -54,6 +65,8 @@ def held(rank: int, world: int, seed: int) -> dict[str, Held]:
 
 def zeroed(tensors):
     def zero(t):
+        if isinstance(t, list):
+            return [zero(part) for part in t]
         return FlatSlice(t.shape, t.start, torch.zeros_like(t.tensor)) if isinstance(t, FlatSlice) else torch.zeros_like(t)
 
     return {name: zero(tensor) for name, tensor in tensors.items()}
@@ -62,10 +75,10 @@ def zeroed(tensors):
 def assert_equal(got, want):
     assert got.keys() == want.keys()
     for name in want:
-        a, b = got[name], want[name]
-        if isinstance(b, FlatSlice):
-            a, b = a.tensor, b.tensor
-        assert a.dtype == b.dtype and torch.equal(a, b), name
+        for a, b in zip(*(t if isinstance(t, list) else [t] for t in (got[name], want[name])), strict=True):
+            if isinstance(b, FlatSlice):
+                a, b = a.tensor, b.tensor
+            assert a.dtype == b.dtype and torch.equal(a, b), name
 
 
 def newest_name(checkpoints):

@@ -114,6 +114,11 @@ def adversarial(kind: str, x: Tensor, f: Tensor, parameters: list[Tensor]) -> tu
     return x, f, [phi, alpha, bias]
 
 
+def norm_weight(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of an RMSNorm, [C]: around 1."""
+    return (1 + 0.3 * torch.randn(channels, generator=torch.Generator().manual_seed(3))).to(dtype)
+
+
 def all_manifolds(device: str = DEVICE) -> dict[str, manifolds.Manifold]:
     """One of each, with scalars that make every part count; they are on `device`, as the streams must be."""
     return {

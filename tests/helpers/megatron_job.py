@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from hybrid_model import hybrid_provider
 
 VOCABULARY, SEQUENCE, MICRO_BATCH = 128, 32, 2
 
@@ -82,6 +83,7 @@ def provider(config, **options):
     """A model provider as pretraining scripts have it."""
 
     def model_provider(pre_process=True, post_process=True, vp_stage=None, config=config, pg_collection=None):
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
 
         arguments = dict(
@@ -90,8 +92,10 @@ def provider(config, **options):
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",
         )
+        spec = block_spec(config, vp_stage)
+        prediction = get_gpt_mtp_block_spec(config, spec, False, vp_stage) if config.mtp_num_layers else None
         return GPTModel(
-            config, block_spec(config, vp_stage), pre_process=pre_process, post_process=post_process,
+            config, spec, mtp_block_spec=prediction, pre_process=pre_process, post_process=post_process,
             vp_stage=vp_stage, pg_collection=pg_collection, **(arguments | options),
         )  # fmt: skip
 
@@ -116,7 +120,7 @@ def initialise(model, std=0.05):
                 elif name.endswith("alpha"):
                     parameter.fill_(0.3)
             continue
-        if parameter.dim() < 2 and not name.endswith("bias"):
+        if parameter.dim() < 2 and not name.endswith(("bias", "A_log")):
             continue
         expert = ".experts." in title
         size = ps.get_expert_tensor_parallel_world_size() if expert else ps.get_tensor_model_parallel_world_size()
@@ -137,14 +141,15 @@ def initialise(model, std=0.05):
 def global_name(model, name):
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
-    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    match = re.match(r"(decoder|mtp)\.layers\.(\d+)\.(?:mtp_model_layer\.)?(.*)", name)
     if not match:
         return name
-    layer, rest = model.decoder.layers[int(match[1])], match[2]
+    layer, rest = getattr(model, match[1]).layers[int(match[2])], match[3]
+    layer = getattr(layer, "mtp_model_layer", layer)
     expert = re.match(r"mlp\.experts\.local_experts\.(\d+)\.(.*)", rest)
     if expert:
         rest = f"mlp.experts.local_experts.{layer.mlp.local_expert_indices[int(expert[1])]}.{expert[2]}"
-    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
+    return f"{match[1]}.layers.{layer.layer_number - 1}.{rest}"
 
 
 def batches(step, microbatches):
@@ -181,12 +186,12 @@ class Job:
     """Chunks, optimizer and scheduler of one rank.
 
     schedule: None for Megatron's own, else what `pipehc.megatron.forward_backward_func` takes. frozen: matches the global names of
-    parameters that are not trained.
+    parameters that are not trained. pattern: the layers of a HybridModel; None: a GPTModel of `layers`.
     """
 
-    def __init__(self, schedule=None, *, tp=1, pp=1, ep=1, cp=1, vpp=None, layers=8, residual=None, distributed_optimizer=False,
-                 overlap_grad_reduce=False, overlap_param_gather=False, bucket_size=None, options=(), model_options=(), frozen=None,
-                 run=(), search=()):  # fmt: skip
+    def __init__(self, schedule=None, *, tp=1, pp=1, ep=1, cp=1, vpp=None, layers=8, pattern=None, residual=None,
+                 distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False, bucket_size=None, options=(),
+                 model_options=(), frozen=None, run=(), search=()):  # fmt: skip
         from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -195,13 +200,15 @@ class Job:
 
         initialize(tp, pp, ep, vpp, cp)
         self.schedule, search = schedule, dict(search)
+        layers = layers if pattern is None else len(pattern.replace("|", ""))
         self.config = config = model_config(tp, pp, ep, vpp, layers, context_parallel_size=cp, **dict(options))
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=False, overlap_grad_reduce=overlap_grad_reduce, use_distributed_optimizer=distributed_optimizer,
             bucket_size=bucket_size, overlap_param_gather=overlap_param_gather,
         )  # fmt: skip
         name = schedule or "megatron"
-        model_provider = provider(config, **dict(model_options))
+        made = provider if pattern is None else partial(hybrid_provider, pattern=pattern)
+        model_provider = made(config, **dict(model_options))
         chunks = build_model_chunks(model_provider, name, residual=residual, **search)
         for chunk in chunks:
             initialise(chunk)

@@ -3,7 +3,7 @@
 import torch
 
 from pipehc.model.hyper_connection import HyperConnection
-from pipehc.model.norm import rms_norm
+from pipehc.model.norm import RMSNorm
 from pipehc.model.sublayers import Sublayer, build_chain
 from pipehc.model.wgrad import Accumulate, linear
 from pipehc.recompute import Exchange, Piece, cut
@@ -12,9 +12,11 @@ TOKENS, STREAMS, CHANNELS = 3, 2, 4
 
 
 class Toy:
-    """`blocks` blocks; the first `dense` ones have no experts. weights: all that gets gradients, by name."""
+    """`blocks` blocks; the first `dense` ones have no experts. connection: options of the hyper-connections. weights: all that gets
+    gradients, by name."""
 
-    def __init__(self, blocks, dense=1, seed=0):
+    def __init__(self, blocks, dense=1, seed=0, **connection):
+        self._connection = {"alpha": 0.3} | connection
         self._generator = torch.Generator().manual_seed(seed)
         self.weights = {}
         self.sublayers = [s for block in range(blocks) for s in self._block(block, block >= dense)]
@@ -79,11 +81,11 @@ class Toy:
         return lambda x: (torch.tanh(linear(x, weight, Accumulate(add))),)
 
     def _around(self, name):
-        connection = HyperConnection(CHANNELS, STREAMS, alpha=0.3)
+        connection = HyperConnection(CHANNELS, STREAMS, **self._connection)
         connection.reset_parameters(self._generator)
         self.weights |= {f"{name}.{key}": p for key, p in connection.named_parameters()}
         weight = self.weights[f"{name}.norm"] = torch.randn(CHANNELS, generator=self._generator).requires_grad_()
-        return connection, lambda x: rms_norm(x, weight, 1e-6)
+        return connection, RMSNorm(lambda: weight, 1e-6)
 
 
 def streams(seed):

@@ -77,7 +77,9 @@ def test_kernel_with_streams_of_low_precision(kind, dtype):
             assert (got[name].double() - want[name]).norm() <= 1e-5 * want[name].norm(), name
 
 
-@pytest.mark.parametrize(("kind", "n"), [*itertools.product(["birkhoff", "identity_offset"], [2, 5, 6, 7, 8]), ("hybrid", 8)])
+@pytest.mark.parametrize(
+    ("kind", "n"), [*(("birkhoff", n) for n in (2, 5, 6, 7, 8)), ("identity_offset", 5), ("identity_offset", 8), ("hybrid", 8)]
+)
 def test_kernel_for_every_number_of_streams(kind, n):
     manifold = all_manifolds()[kind]
     x, _, _, _, parameters = make_inputs(18, n, 33, torch.float32, manifold.per_stream)
@@ -141,8 +143,9 @@ def test_lambda_of_hybrid_gets_its_gradient():
 
 
 def test_parameter_gradients_over_several_groups_have_the_same_bits_again(monkeypatch):
-    """100 tokens in at most 3 groups: several token blocks to a program and several programs, so both stages of the sums."""
-    monkeypatch.setattr("pipehc.kernels.backward.MAX_GROUPS", 3)
+    """100 tokens in three spans: two blocks of tokens to a program and several programs, so both stages of the sums."""
+    monkeypatch.setattr("pipehc.kernels.backward.PROGRAMS", 3)
+    monkeypatch.setattr("pipehc.kernels.backward.PHI_TOKENS", 16)
     x, _, _, _, parameters = make_inputs(100, 2, 5, torch.float32)
     first = compare(operation(Birkhoff(1)), (x, *parameters), 1e-5)
     again = evaluate("triton", operation(Birkhoff(1)), [t.to(DEVICE) for t in (x, *parameters)])
@@ -174,3 +177,26 @@ def test_choice_of_backend_is_checked():
     wide, h_pre = torch.empty(0, 2, 2**20 + 1), torch.empty(0, 2)
     with backend("triton"), pytest.raises(ValueError, match=r"1048577 channels .* C <= 1048576"):
         pre(wide, h_pre)
+
+
+@pytest.mark.parametrize("manifold", [Birkhoff(2, norm_eps=0.1), IdentityOffset(norm_eps=0.1)], ids=["whole token", "per stream"])
+def test_the_epsilon_of_the_norm_is_the_manifolds(manifold):
+    x, _, _, _, parameters = make_inputs(5, 3, 10, torch.float32, manifold.per_stream)
+    small = 0.1 * x
+    got = compare(operation(manifold), (small, *parameters), 1e-5)
+    usual = evaluate("triton", operation(type(manifold)()), [t.to(DEVICE) for t in (small, *parameters)])
+    assert (got["out2"] - usual["out2"]).abs().max() > 1e-2
+
+
+def test_it_bounds_the_gradients_of_a_token_of_zeros():
+    x, _, _, _, parameters = make_inputs(5, 3, 10, torch.float32)
+    x[2] = 0
+    for eps, least, most in ((1e-20, 1e8, 1e12), (1e-6, 1.0, 1e5)):
+        got = compare(operation(Birkhoff(2, norm_eps=eps)), (x, *parameters), 1e-5)
+        assert least < got["grad0"][2].abs().max() < most
+
+
+@pytest.mark.parametrize("eps", [0, -1.0, float("nan"), float("inf"), True, "1e-6"])
+def test_an_epsilon_that_is_none_is_refused(eps):
+    with pytest.raises(ValueError, match=r"norm_eps=.*above 0"):
+        Birkhoff(norm_eps=eps)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import DEVICE, TOLERANCE, all_manifolds, backend, evaluate, make_inputs, relative_error
+from kernel_cases import DEVICE, TOLERANCE, all_manifolds, backend, evaluate, make_inputs, norm_weight, relative_error
 
 from pipehc.kernels import coefficients, coefficients_pre, post_res, post_res_pre, pre
 from pipehc.kernels.manifolds import Birkhoff, Harmonized, Hybrid, IdentityOffset, Isometric
@@ -25,6 +25,10 @@ def operations(kind, dtype, channels=7):
         "coefficients": (lambda *t: coefficients(*t, **maps), (x, *parameters)),
         "coefficients_pre": (lambda *t: coefficients_pre(*t, **maps), (x, *parameters)),
         "post_res_pre": (lambda *t: post_res_pre(*t, **maps), (x, f, h_post, h_res, *parameters)),
+        "normed": (
+            lambda *t: post_res_pre(*t[:-1], **maps, norm=t[-1], eps=1e-6),
+            (x, f, h_post, h_res, *parameters, norm_weight(channels)),
+        ),
     }
     return {key: (call, [t.to(DEVICE) for t in inputs]) for key, (call, inputs) in found.items()}
 
@@ -79,9 +83,9 @@ def test_a_branch_in_another_dtype_than_the_streams(streams, branch, case):
 
 def test_the_gradient_of_a_branch_is_as_exact_as_its_dtype():
     x, f, h_post, h_res, parameters = make_inputs(5, 3, 10, torch.bfloat16)
-    f, x = f.float().to(DEVICE).requires_grad_(), x.to(DEVICE).requires_grad_()
+    f, x, h_post, h_res = f.float().to(DEVICE).requires_grad_(), x.to(DEVICE).requires_grad_(), h_post.to(DEVICE), h_res.to(DEVICE)
     with backend("triton"):
-        post_res(x, f, h_post.to(DEVICE), h_res.to(DEVICE)).float().sum().backward()
+        post_res(x, f, h_post, h_res).float().sum().backward()
         assert relative_error(f.grad, h_post.sum(1, keepdim=True).expand(5, 10)) < 1e-6
         _, h_post, h_res = coefficients_pre(x, *(p.to(DEVICE) for p in parameters), manifold=Birkhoff(2))
         f.grad = None
@@ -113,10 +117,14 @@ def test_second_derivatives_of_the_references(key):
     }[key]
     maps = {} if key in ("pre", "post_res") else {"manifold": Birkhoff(2)}
     with backend("reference"):
-        assert torch.autograd.gradgradcheck(lambda *t: call(*t, **maps), [t.double().requires_grad_() for t in inputs])
+        leaves = [t.double().requires_grad_() for t in inputs]
+        assert torch.autograd.gradgradcheck(lambda *t: call(*t, **maps), leaves)
+        if key.endswith("_pre"):
+            leaves.append(norm_weight(2, torch.float64).requires_grad_())
+            assert torch.autograd.gradgradcheck(lambda *t: call(*t[:-1], **maps, norm=t[-1], eps=1e-6), leaves)
 
 
-@pytest.mark.parametrize("key", ["pre", "post_res", "coefficients", "coefficients_pre", "post_res_pre"])
+@pytest.mark.parametrize("key", ["pre", "post_res", "coefficients", "coefficients_pre", "post_res_pre", "normed"])
 def test_second_derivatives_of_the_kernels_are_refused(key):
     operation, inputs = operations("birkhoff", torch.float32)[key]
     leaves = [t.requires_grad_() for t in inputs]

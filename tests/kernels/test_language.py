@@ -35,7 +35,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         post_res(x, f, h_post, h_res).sum().backward()
         y, h_post, h_res = coefficients_pre(x, *parameters, manifold=Birkhoff(1))
         post_res(x, y, h_post, h_res).sum().backward()
-    assert len(launched) == 9 and all(launched)
+    assert len(launched) == 12 and all(launched)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is a GPU")

@@ -165,19 +165,15 @@ def test_gradient_by_coefficients_alone_is_an_error_or_right_never_wrong():
     assert grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("change", ["nothing", "stream", "x"])
-def test_nothing_is_handed_on_between_streams_or_when_x_has_changed(change, monkeypatch):
-    stream = "compute"
-    monkeypatch.setattr("pipehc.kernels.link._stream", lambda x: stream)
-    leaf, _, _, _, parameters = make_inputs(5, 3, 10, torch.float32)
-    x = leaf.to(DEVICE).requires_grad_() * 1.0
+@pytest.mark.parametrize("change", ["nothing", "x", "a wider f"])
+def test_nothing_is_handed_on_when_x_has_changed_or_f_would_be_rounded(change):
+    leaf, f, _, _, parameters = make_inputs(5, 3, 10, torch.float32)
+    x, f = leaf.to(DEVICE).requires_grad_() * 1.0, f.to(DEVICE)
     with backend("triton"):
         _, h_post, h_res = coefficients_pre(x, *(p.to(DEVICE) for p in parameters), manifold=Birkhoff(2))
-    if change == "stream":
-        stream = "high"
     if change == "x":
         x.mul_(2.0)
-    assert (claim(x, h_post, h_res) is None) == (change != "nothing")
+    assert (claim(x, f.double() if change == "a wider f" else f, h_post, h_res) is None) == (change != "nothing")
 
 
 def test_no_gradients_wanted():

@@ -102,6 +102,19 @@ def test_settings_of_manifolds(make, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize("call", ["coefficients_pre", "post_res_pre"])
+def test_the_norm_of_y(call):
+    weight = torch.ones(C)
+    run(call, norm=weight, eps=1e-6), run(call, norm=weight.bfloat16(), eps=0)
+    refused(["norm is of type float: must be a tensor"], call, norm=1.0, eps=1e-6)
+    refused(["norm has shape [3]: must be [4]"], call, norm=weight[:-1], eps=1e-6)
+    refused(["norm has dtype torch.float64 and x torch.float32"], call, norm=weight.double(), eps=1e-6)
+    refused(["norm is on meta: must be on cpu, like x"], call, norm=weight.to("meta"), eps=1e-6)
+    refused(["eps=1e-06 without norm"], call, eps=1e-6)
+    for eps in (None, "1e-6", True, -1e-6, float("nan"), float("inf"), torch.tensor(1e-6)):
+        refused([f"eps={eps!r}", "a finite number, at least 0"], call, norm=weight, eps=eps)
+
+
 def test_a_scalar_on_another_device_is_refused():
     for manifold in (Hybrid(torch.tensor(0.5, device="meta")), Harmonized(torch.tensor(0.5, device="meta"), unconditioned=True)):
         refused(["scalar is on meta: must be on cpu, like x"], "coefficients", manifold=manifold)

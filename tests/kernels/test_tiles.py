@@ -13,9 +13,9 @@ from pipehc.kernels.post_res import launch_post_res, launch_post_res_backward
 from pipehc.kernels.pre import launch_pre, launch_pre_backward
 
 N, C = 2, 64
-TOKENS = 2**31 // (N * C) + 16 * 3 + 5
-TAIL = TOKENS % 16
-"""Tokens of the last program."""
+TOKENS = 2**31 // (N * C) + 64 * 3 + 5
+TAIL = TOKENS % 64
+"""Tokens of the last program of whatever power of two up to 64, except two."""
 
 
 class Nothing:
@@ -23,21 +23,28 @@ class Nothing:
         return lambda *arguments, **named: None
 
 
+FIRST = {"map_kernel": -(-TAIL // 2), "stream_gradient_kernel": 2}
+"""Programs of the last tokens, where they are not the last program: two tokens each; two tiles of channels."""
+
+
 @pytest.fixture
-def last_program(monkeypatch):
+def last_programs(monkeypatch):
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
-    call, skipped = executor.__call__, 0
+    call, whole, begin = executor.__call__, (), 0
 
     def call_last(run, *arguments, **named):
-        nonlocal skipped
-        skipped, run.grid = run.grid[0] - 1, (1, *run.grid[1:])
+        nonlocal whole, begin
+        whole, count = (*run.grid, 1, 1)[:3], FIRST.get(run.fn.__name__, 1)
+        begin = 0 if run.fn.__name__ in FIRST else whole[0] - 1
+        run.grid = (count, *run.grid[1:])
         return call(run, *arguments, **named)
 
     monkeypatch.setattr(executor, "__call__", call_last)
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (x + skipped, y, z)))
-    # One block of tokens to a program, and no second stage over a million programs' shares.
-    monkeypatch.setattr(backward, "MAX_GROUPS", TOKENS)
-    monkeypatch.setattr(backward, "parameter_sum_kernel", Nothing())
+    monkeypatch.setattr(builder, "set_grid_dim", lambda *_: setattr(builder, "grid_dim", whole))
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (x + begin, y, z)))
+    # Their programs go over all tokens.
+    for name in ("phi_gradient_kernel", "parameter_sum_kernel"):
+        monkeypatch.setattr(backward, name, Nothing())
 
 
 def ending_in(tail):
@@ -55,7 +62,7 @@ def check(operation, tails):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the last program alone, as only the interpreter can")
-def test_more_than_two_to_the_31_elements(last_program):
+def test_more_than_two_to_the_31_elements(last_programs):
     x, f, h_post, h_res, parameters = make_inputs(TAIL, N, C, torch.bfloat16)
     d_y, d_x = f.flip(0).contiguous(), x.flip(0).contiguous()
     assert TOKENS * N * C > 2**31

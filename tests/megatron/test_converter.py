@@ -129,6 +129,22 @@ def test_a_model_is_converted_by_name_and_the_rest_is_kept():
     assert set(back) == set(state) and all(torch.equal(back[name], value) for name, value in state.items())
 
 
+@pytest.mark.parametrize("prefix", ["module.decoder.layers.{}.", "{}."])
+def test_layers_of_a_hybrid_model_lose_their_wrapper(prefix):
+    state, layers = {"decoder.final_norm.weight": torch.ones(2)}, {0: "self_attention.linear_qkv", 1: "mlp.linear_fc1"}
+    for layer, part in layers.items():
+        state[f"{prefix.format(layer)}inner_layer.{part}.weight"] = torch.full((2,), float(layer))
+        module = mains_parameters(seed=layer)
+        state.update({f"{prefix.format(layer)}hyper_connection.{k}": v for k, v in module.items()})
+    state[f"{prefix.format(1)}inner_layer.pre_mlp_layernorm.weight"] = torch.zeros(3)
+    found = state_dict_from_megatron(state)
+    assert all(f"{prefix.format(layer)}{part}.weight" in found for layer, part in layers.items())
+    assert f"{prefix.format(0)}attention_connection.phi" in found and f"{prefix.format(1)}mlp_connection.alpha" in found
+    assert len(found) == 4 + 2 * 3
+    back = state_dict_to_megatron(found)
+    assert set(back) == set(state) and all(torch.equal(back[name], value) for name, value in state.items())
+
+
 def connection_of(kind, **settings):
     return dict(HyperConnection(C, N, kind, **settings).state_dict())
 
@@ -154,6 +170,9 @@ def connection_of(kind, **settings):
         (connection_from_megatron, mains_parameters() | {"norm.bias": torch.ones(96)}, "norm.bias: has no counterpart"),
         (connection_from_megatron, connection_of("mhc"), "mapping_proj.weight: is missing"),
         (state_dict_from_megatron, {"decoder.layers.0.mlp.weight": torch.ones(1)}, "has no self_attention_hyper_connection or"),
+        (state_dict_from_megatron, {"decoder.hc_head_fn": torch.ones(1)}, "decoder.hc_head_fn: joins the streams by learned"),
+        (state_dict_from_megatron, {"0.inner_layer.mixer.A_log": torch.ones(1)}, "0.inner_layer.mixer.A_log: is of a Mamba layer"),
+        (state_dict_from_megatron, {"0.hyper_connection.bias": torch.ones(24)}, "0.hyper_connection.bias: its layer has no inner"),
         (
             state_dict_to_megatron,
             {f"layers.3.mlp_connection.{k}": v for k, v in connection_of("hc").items()},

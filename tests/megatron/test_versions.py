@@ -14,19 +14,25 @@ from processes import run_ranks
 import pipehc.megatron
 from pipehc.megatron import versions
 
-JOBS = {"1f1b": {}, "dualpipe": {}, "dualpipev": {"vpp": 2}, None: {}}
-"""Schedule (None: Megatron's own) -> arguments of the job: two pipeline ranks, mHC, experts with biases that follow the load."""
+STANDARD = {"multi_latent_attention": False}
+JOBS = {
+    **{name: {"schedule": name} for name in ("1f1b", "dualpipe", None)},
+    "dualpipev": {"schedule": "dualpipev", "vpp": 2},
+    "hybrid": {"schedule": "dualpipe", "pattern": "*-|*E", "options": STANDARD},
+    "hybrid, two chunks": {"schedule": "dualpipev", "vpp": 2, "pattern": "*|-|*|E", "options": STANDARD},
+}
+"""Arguments of jobs (schedule None: Megatron's own): two pipeline ranks, mHC, experts with biases that follow the load."""
 
 
 def figures():
-    """schedule -> ([(loss, gradient norm)] of two steps, evaluation loss), under whatever version is imported."""
+    """job -> ([(loss, gradient norm)] of two steps, evaluation loss), under whatever version is imported."""
     assert pipehc.megatron.build_model_chunks and pipehc.megatron.forward_backward_func  # imported once, for all children
     import megatron.core.models.gpt.gpt_model
     import megatron.core.optimizer  # noqa: F401
 
     return {
-        str(schedule): run_ranks(megatron_job.train, 2, dict(schedule=schedule, pp=2, layers=4, residual="mhc", **more), 2, 8)[0]
-        for schedule, more in JOBS.items()
+        str(name): run_ranks(megatron_job.train, 2, dict(pp=2, layers=4, residual="mhc", **more), 2, 8)[0]
+        for name, more in JOBS.items()
     }
 
 

@@ -1,6 +1,7 @@
 """Weight gradients split off the backward: nothing early, nothing lost, not a bit different."""
 
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -122,14 +123,47 @@ def main_gradients(ddp: DistributedDataParallel) -> dict[str, torch.Tensor]:
     return {name: p.main_grad.clone() for name, p in parameter_names(ddp.module).items()}
 
 
+def gradients_of_upstream(groups, batches):
+    """As Megatron's own backward leaves them."""
+    ddp = wrapped(groups)
+    for batch in batches:
+        ddp.module(None, *batch).backward()
+    return main_gradients(ddp)
+
+
+def test_products_add_themselves():
+    """As exact as upstream's sums, in another order; DDP's hook counts every gradient, and adds none twice."""
+
+    def compare(rank):
+        groups = build_groups(1, 1, 1, False)
+        batches = [micro_batch(CONFIG, i) for i in range(3)]
+        upstream = gradients_of_upstream(groups, batches)
+        ddp = wrapped(groups, overlap=True)
+        install_deferral(ddp, add_products=True)
+        counted = Counter()
+        for group in ddp.bucket_groups:
+            group.register_grad_ready = lambda parameter, _: counted.update([parameter])
+        store = WeightGradStore()
+        for batch in batches:
+            with store.deferring():
+                loss = ddp.module(None, *batch)
+            loss.backward()
+        store.flush()
+        named = parameter_names(ddp.module)
+        assert {counted[p] for p in named.values()} == {len(batches)}
+        assert all(p.grad is None and not p.grad_added_to_main_grad for p in named.values())
+        for name, gradient in main_gradients(ddp).items():
+            assert (gradient - upstream[name]).norm() <= 1e-5 * upstream[name].norm(), name
+        return True
+
+    assert run_ranks(compare, 1) == [True]
+
+
 def test_split_backward_is_bit_equal():
     def compare(rank):
         groups = build_groups(1, 1, 1, False)
         batches = [micro_batch(CONFIG, i) for i in range(3)]
-        ddp = wrapped(groups)
-        for batch in batches:
-            ddp.module(None, *batch).backward()
-        upstream = main_gradients(ddp)
+        upstream = gradients_of_upstream(groups, batches)
 
         ddp = wrapped(groups)
         install_deferral(ddp)

@@ -140,9 +140,7 @@ def test_overlapped_reduction_and_distributed_optimizer(sequence):
                 install_deferral(ddp)
             settings = OptimizerConfig(optimizer="adam", lr=0.01, use_distributed_optimizer=True, params_dtype=torch.float32)
             with torch.no_grad():
-                optimizer = get_megatron_optimizer(
-                    settings, [ddp], use_gloo_process_groups=False, pg_collection=groups.collection
-                )
+                optimizer = get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=False, pg_collection=groups.collection)
             for step in range(3):
                 ddp.zero_grad_buffer()
                 optimizer.zero_grad()

@@ -11,7 +11,9 @@ import torch
 from kernel_cases import DEVICE, backend, relative_error
 
 from pipehc.config.schema import ResidualConfig
+from pipehc.kernels.rms_norm import rms_norm
 from pipehc.model.hyper_connection import KINDS, HyperConnection, composite, composite_gain, contract, expand
+from pipehc.model.norm import RMSNorm
 from pipehc.planning.parameters import hyper_connection
 
 S, B, C, N = 5, 3, 12, 4
@@ -56,6 +58,34 @@ def test_fused_and_single_operations_agree(kind):
         torch.testing.assert_close(got, want)
     by_hand = torch.einsum("tij,tjc->tic", h_res, x.view(-1, N, C)) + h_post[:, :, None] * f.view(-1, 1, C)
     torch.testing.assert_close(x_next.view(-1, N, C), by_hand)
+
+
+class Owned(RMSNorm):
+    """A norm that is not to be called."""
+
+    def __call__(self, x):
+        raise AssertionError("the connection does it")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "static"])
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_an_rms_norm_is_the_connections_own_and_others_come_after_it(kind, name):
+    if name == "triton" and kind not in ("mhc", "static"):
+        return
+    settings = {"kind": "harmonized", "static": True} if kind == "static" else {"kind": kind, "alpha": 0.5}
+    device = DEVICE if name == "triton" else "cpu"
+    hc, following = make(**settings).to(device), make(**settings).to(device)
+    generator = torch.Generator().manual_seed(0)
+    x, f = torch.randn(S, B, N * C, generator=generator).to(device), torch.randn(S, B, C, generator=generator).to(device)
+    weight = torch.linspace(0.5, 2, C, device=device, requires_grad=True)
+    found = {}
+    with backend(name):
+        for how, norm in (("own", Owned(lambda: weight, 1e-6)), ("after", lambda y: rms_norm(y, weight, 1e-6))):
+            y, h_post, h_res = hc(x, norm=norm)
+            x_next, z, _, _ = following(x, (hc, f + y, h_post, h_res), norm)
+            found[how] = y, x_next, z, torch.autograd.grad((y.sin() + z.cos()).sum(), weight)[0]
+    for own, after in zip(found["own"], found["after"]):
+        torch.testing.assert_close(own, after, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

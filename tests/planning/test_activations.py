@@ -17,11 +17,11 @@ class Split:
         return SAMPLES
 
     def __getitem__(self, index):
-        return torch.randint(0, 256, (12,), generator=torch.Generator().manual_seed(index))
+        return torch.randint(0, 256, (13,), generator=torch.Generator().manual_seed(index))
 
 
 def counted(*overrides):
-    config = tiny_config(*overrides)
+    config = tiny_config("train.sequence_length=12", *overrides)
 
     def fn(rank):
         from pipehc.trainer import Trainer
@@ -34,7 +34,7 @@ def counted(*overrides):
         assert found[0] == found[1]  # the second step counts nothing
         return found[0], loss
 
-    results = run_ranks(fn, config.parallel.pp)
+    results = run_ranks(fn, config.parallel.pp * config.parallel.tp)
     assert all(result == results[0] for result in results)
     return results[0][0], planned(config)
 
@@ -43,6 +43,7 @@ CASES = {
     "mhc over two ranks": ("residual.kind=mhc", "schedule.name=dualpipe", "parallel.pp=2"),
     "mhc in blocks": ("residual.kind=mhc", "recompute.block=1"),
     "plain residual": ("residual.kind=none",),
+    "tokens over two": ("residual.kind=mhc", "parallel.tp=2"),
 }
 
 
@@ -61,7 +62,7 @@ def test_without_recomputation_hyper_connections_keep_what_they_save():
     found, plan = counted("recompute.enabled=false")
     [saved] = found.values()
     assert plan is None and (saved.streams, saved.outputs, saved.rebuilt) == (0, 0, 0)
-    assert saved.connections > 8 * 3 * 11 * 2 * 32 * 4  # more than the streams of every sub-layer
+    assert saved.connections > 8 * 3 * 12 * 2 * 32 * 4  # more than the streams of every sub-layer
 
 
 def test_words_and_metrics():

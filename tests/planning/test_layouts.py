@@ -53,6 +53,14 @@ def test_every_layout_that_passes_the_checks_is_there_once(gpus):
     assert set(found) == wanted and wanted
 
 
+def test_tensor_parallelism_stays_that_of_the_configuration():
+    config = tiny_config(*MORE, "parallel.tp=2", "train.sequence_length=12")
+    found = list(layouts(config, 4))
+    assert {(c.parallel.pp, c.parallel.tp, c.parallel.dp) for c in found} == {(1, 2, 2), (2, 2, 1)}
+    assert {c.parallel.ep for c in found if c.parallel.dp == 1} == {1, 2}  # experts over the ranks that share layers
+    assert not list(layouts(config, 3))
+
+
 def test_every_layout_survives_being_written(tmp_path):
     file = tmp_path / "layout.yaml"
     for config in list(layouts(tiny_config(*MORE), 4))[::20]:

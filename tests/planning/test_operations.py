@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import backend, make_inputs
+from kernel_cases import backend, make_inputs, norm_weight
 
 from pipehc.kernels import coefficients_pre, post_res, post_res_pre
 from pipehc.kernels.language import noting
@@ -89,21 +89,26 @@ def test_nodes_are_means_over_micro_batches():
 @pytest.mark.parametrize("manifold", [Birkhoff(2), IdentityOffset()], ids=["whole token", "per stream"])
 def test_kernels_are_noted_alike_with_and_without_data(manifold):
     x, f, _, _, parameters = make_inputs(5, 3, 10, torch.float32, manifold.per_stream)
+    weight = norm_weight(10)
 
-    def work(device):
+    def work(device, normed):
         leaves = [t.detach().to(device).requires_grad_() for t in (x, f, *parameters)]
 
         def run():
-            y, h_post, h_res = coefficients_pre(leaves[0], *leaves[2:], manifold=manifold)
-            x_next, z, h_post, h_res = post_res_pre(leaves[0], leaves[1] + y, h_post, h_res, *leaves[2:], manifold=manifold)
+            maps = {"manifold": manifold, **({"norm": weight.to(device).requires_grad_(), "eps": 1e-6} if normed else {})}
+            y, h_post, h_res = coefficients_pre(leaves[0], *leaves[2:], **maps)
+            x_next, z, h_post, h_res = post_res_pre(leaves[0], leaves[1] + y, h_post, h_res, *leaves[2:], **maps)
             post_res(x_next, z, h_post, h_res).sum().backward()
 
         found = launched(run, device)
         return {name: cost for name, cost in found.items() if name.startswith("pipehc.")}
 
     with backend("triton"):
-        counted = work("meta")
-        assert counted == work("cpu") and len(counted) >= 5
+        plain, counted = work("meta", False), work("meta", True)
+        assert plain == work("cpu", False) and counted == work("cpu", True)
+    assert len(plain) >= 5 and {name: cost[0] for name, cost in counted.items()} == {name: cost[0] for name, cost in plain.items()}
+    for kernel in ("pipehc.map_kernel", "pipehc.map_backward_kernel", "pipehc.stream_gradient_kernel"):
+        assert all(with_norm > without for with_norm, without in zip(counted[kernel][1:], plain[kernel][1:]))
 
 
 def test_the_arithmetic_of_every_kernel_is_known():
@@ -121,4 +126,4 @@ def test_the_arithmetic_of_every_kernel_is_known():
 @pytest.mark.parametrize(("name", "moved"), [("_allgather_base_", 800), ("_reduce_scatter_base_", 100), ("alltoall_base_", 100)])
 def test_a_gather_moves_what_it_gets_and_other_collectives_what_they_are_given(name, moved):
     func, output, given = getattr(torch.ops.c10d, name).default, torch.empty(200), torch.empty(25)
-    assert operation(func, (output, given), {}, output) == (f"c10d.{name}", "communication", False, 0.0, moved)
+    assert operation(func, (output, given), {}, output) == (f"c10d.{name}", "communication", False, 0.0, moved, 0)

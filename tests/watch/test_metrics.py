@@ -46,6 +46,14 @@ def test_each_step_is_one_line_at_once_and_evaluations_join_theirs(tmp_path):
     ]
 
 
+def test_an_evaluation_may_have_an_accuracy(tmp_path):
+    console = plain()
+    with Reporter(tmp_path, 3, console=console) as reporter:
+        reporter.evaluation(0, 5.5, 0.125)
+    assert lines(tmp_path) == [{"step": 0, "val_loss": 5.5, "val_accuracy": 0.125}]
+    assert "step 0: validation loss 5.5000  accuracy 12.50 %" in output(console)
+
+
 def test_not_finite_values_keep_the_file_valid_json(tmp_path):
     reporter = Reporter(tmp_path, 3, console=plain())
     reporter.step(1, loss=math.nan, grad_norm=math.inf)
@@ -216,3 +224,34 @@ def test_tensorboard_not_installed_is_said_before_anything_is_written(tmp_path, 
     with pytest.raises(ValueError, match=r"run\.tensorboard.*pip install 'pipehc\[viz\]'"):
         Reporter(tmp_path / "run", 3, tensorboard=True, is_main=is_main)
     assert not (tmp_path / "run").exists()
+
+
+def test_diagnostics_lie_beside_the_metrics(tmp_path):
+    def lines():
+        return [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
+
+    figures = {"kind": "none", "stream_norm": [[1.0], [math.nan]], "gradient": [2.0, 1.0]}
+    with Reporter(tmp_path, 30, diagnostics=True, console=Console(file=io.StringIO())) as reporter:
+        reporter.streams(10, figures, ["it runs away"])
+        reporter.streams(20, figures)
+    first, second = lines()
+    assert first == {"step": 10, **figures, "stream_norm": [[1.0], [None]], "warnings": ["it runs away"]}
+    assert second["step"] == 20 and "warnings" not in second
+    out = io.StringIO()
+    with Reporter(tmp_path, 30, start_step=15, diagnostics=True, console=Console(file=out)) as reporter:
+        reporter.streams(20, figures, ["again"])
+    assert [line["step"] for line in lines()] == [10, 20] and "warning: step 20: again" in out.getvalue()
+
+
+def test_figures_of_another_course_do_not_stay_beside_new_metrics(tmp_path):
+    quiet = {"console": Console(file=io.StringIO())}
+    figures = {"stream_norm": [[1.0], [None]], "gradient": [2.0, 1.0]}
+    with Reporter(tmp_path, 30, diagnostics=True, **quiet) as reporter:
+        reporter.streams(10, figures)
+        reporter.streams(20, figures)
+    with Reporter(tmp_path, 30, start_step=15, **quiet) as reporter:  # goes on without figures
+        assert [line["step"] for line in reporter.earlier_streams] == [10]
+    assert (tmp_path / "diagnostics.jsonl").read_text().count("step") == 1
+    with Reporter(tmp_path, 30, **quiet):  # a new start
+        pass
+    assert (tmp_path / "diagnostics-1.jsonl").exists() and not (tmp_path / "diagnostics.jsonl").read_text()

@@ -38,6 +38,8 @@ class Setup:
     nvtx: bool
     timeout_s: float
     watchdog_folder: Any
+    diagnostics_interval: int
+    diagnostics_folder: Any
 
     def text(self, chunks: Sequence[nn.Module]) -> str:
         """chunks: this rank's."""
@@ -60,6 +62,10 @@ class Setup:
             off.append("traces (trace_steps)")
         else:
             on.append(f"traces of iterations {self.trace_steps[0]} to {self.trace_steps[1]} in {self.trace_folder}/")
+        if self.diagnostics_interval:
+            on.append(f"figures of the streams every {self.diagnostics_interval} iterations in {self.diagnostics_folder}/")
+        else:
+            off.append("figures of the streams (diagnostics_interval)")
         (on if self.nvtx else off).append("profiler ranges (nvtx)")
         on.append(f"reports of waits over {self.timeout_s:g} s in {self.watchdog_folder}/")
         return f"on; {'; '.join(on)}" + (f". Off: {', '.join(off)}" if off else "")

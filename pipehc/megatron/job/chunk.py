@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor, unwrap_model
 from torch import nn
 
@@ -25,9 +23,11 @@ from pipehc.megatron.connection import PlainConnection
 from pipehc.megatron.job.batches import Batches, OneItem
 from pipehc.megatron.job.flags import LAYOUT
 from pipehc.megatron.job.grad_sync import finish_gathers
+from pipehc.megatron.job.models import LAYERS, HybridStack, final_norm, hands_on
 from pipehc.megatron.job.position import acting_at
 from pipehc.megatron.layer import HyperConnectionLayer, refuse_layer
-from pipehc.megatron.nodes import CONTEXT_ARGUMENTS, LayerNodes
+from pipehc.megatron.nodes import CONTEXT_ARGUMENTS, LayerNodes, node_blocks
+from pipehc.model.probe import Probe
 from pipehc.model.stage import ChainStage, NodeWatch
 from pipehc.model.sublayers import CONTEXT, Sublayer, build_chain
 from pipehc.model.wgrad import WeightGradStore
@@ -70,22 +70,24 @@ def wrappers(chunk: nn.Module) -> Iterator[nn.Module]:
         chunk = chunk.module  # type: ignore[assignment]
 
 
-def decoder_chain(decoder: TransformerBlock, block: int | None) -> Chain:
+def decoder_chain(decoder: Any, block: int | None) -> Chain:
     """The layers of a decoder, in recompute blocks of at most `block` sub-layers (None: all of them one block).
 
     Raises ValueError for layers that it cannot take apart, or if there are none.
     """
     if not decoder.layers:
         raise ValueError(f"a model chunk without transformer layers: every stage needs at least one; change {LAYOUT}")
-    sublayers: list[Sublayer] = []
     for layer in decoder.layers:
-        if isinstance(layer, HyperConnectionLayer):
-            sublayers += layer.sublayers()
-        elif isinstance(layer, TransformerLayer) and type(layer).__name__ in ("TransformerLayer", "MoETransformerLayer"):
-            refuse_layer(layer)
-            sublayers += LayerNodes(layer).sublayers(PlainConnection(), PlainConnection())
-        else:
+        if not isinstance(layer, HyperConnectionLayer) and type(layer) not in LAYERS:
             raise ValueError(f"{type(layer).__name__}: our schedules take TransformerLayer apart, and no other class of layers")
+    sublayers: list[Sublayer] = []
+    for layer, block_of_nodes in zip(decoder.layers, node_blocks(decoder.layers)):
+        if isinstance(layer, HyperConnectionLayer):
+            sublayers += layer.sublayers(block_of_nodes)
+        else:
+            refuse_layer(layer)
+            nodes = LayerNodes(layer, single=isinstance(decoder, HybridStack))
+            sublayers += nodes.sublayers([PlainConnection() for _ in nodes.kinds], block_of_nodes)
     first, last = decoder.layers[0], decoder.layers[-1]
     expand = getattr(first, "expand", lambda x: x)
     entry = Piece("expand", lambda x: (expand(x),), (INPUT,), ("x0",))
@@ -115,8 +117,9 @@ class ChunkStage(ChainStage):
         *,
         recompute: bool,
         watch: NodeWatch | None,
+        probe: Probe | None = None,
     ) -> None:
-        super().__init__(chain, queues, recompute, watch, None)
+        super().__init__(chain, queues, recompute, watch, None, probe)
         self.chunk, self.step = chunk, step
         self._model: Any = unwrap_model(chunk)
         self.decoder: Any = self._model.decoder
@@ -195,15 +198,16 @@ class ChunkStage(ChainStage):
         issue(live.run)
         leaf: torch.Tensor = live.run.result("high" if self._untouched else "compute").detach().requires_grad_()
         live.leaf = leaf
-        if decoder.final_layernorm is None:
+        norm = final_norm(decoder)
+        if norm is None:
             return leaf
-        normed = decoder.final_layernorm(leaf)
+        normed = norm(leaf)
         return make_viewless_tensor(inp=normed, requires_grad=True, keep_graph=True)
 
     @property
     def _untouched(self) -> bool:
         """Whether nothing is done to the decoder's result but sending it: then it need not wait for the compute queue."""
-        return not self._last and self.decoder.final_layernorm is None and type(self._model).__name__ == "GPTModel"
+        return not self._last and final_norm(self.decoder) is None and hands_on(self._model)
 
     # -- backward
 

@@ -6,6 +6,7 @@ For trying a job with our schedules on a laptop, and for the tests. Importing th
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ def install(device: torch.device = _CPU) -> None:
     _patch_streams()
     _patch_random_state()
     _patch_norm()
+    _patch_hybrid_norm()
     _patch_optimizer()
 
 
@@ -188,6 +190,15 @@ def _patch_norm() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = new
+
+
+def _patch_hybrid_norm() -> None:
+    """HybridStack asks for TransformerEngine's norm by name."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from pipehc.megatron.versions import hybrid_model
+
+    sys.modules[hybrid_model()[1].__module__].TENorm = WrappedTorchNorm  # type: ignore[attr-defined]
 
 
 def _patch_optimizer() -> None:

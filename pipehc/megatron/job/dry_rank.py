@@ -26,6 +26,7 @@ from pipehc.megatron import meta
 from pipehc.megatron.job import cpu_job, mirror
 from pipehc.megatron.job import schedule as job_schedule
 from pipehc.megatron.job.chunk import ChunkStage
+from pipehc.megatron.job.diagnostics import Diagnostics
 from pipehc.megatron.job.enable import Enabled
 from pipehc.megatron.job.schedule import ForwardBackward
 from pipehc.megatron.job.searched import Searched
@@ -306,7 +307,8 @@ class DryForwardBackward(ForwardBackward):
         elif isinstance(source, Searched) and dry.schedule is not None:
             source = Given(dry.schedule)
         tracing.steps, tracing.nvtx = None, False
-        super().__init__(source, recompute, block, overlap, tracing, _Silent())  # type: ignore[arg-type]
+        silent: Any = _Silent()
+        super().__init__(source, recompute, block, overlap, tracing, silent, Diagnostics(0, Path(), 20.0))
         self._dry = dry
         self.job: Job | None = None
         self._queues = dict.fromkeys(("compute", "high", "communication"), IssueQueue())

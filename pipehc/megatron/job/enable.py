@@ -14,15 +14,20 @@ from megatron.core import dist_checkpointing, parallel_state, utils
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import clip_grads
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
 from pipehc.config.schema import ResidualConfig
 from pipehc.megatron.gradient_norm import local_l2_norm
+from pipehc.megatron.job.hybrid import building
 from pipehc.megatron.job.job_refusals import refuse_job
 from pipehc.megatron.job.loading import loading
 from pipehc.megatron.job.mirror import counted_once, gradient_groups
+from pipehc.megatron.job.models import HybridModel
 from pipehc.megatron.job.optimizer_shards import saved_by_name
 from pipehc.megatron.job.position import acting_at, held_stages, megatron_place
+from pipehc.megatron.job.prediction import predicting
 from pipehc.megatron.job.promise import PROMISE
+from pipehc.megatron.job.saved_residual import saving
 from pipehc.megatron.job.schedule import ForwardBackward, forward_backward_func
 from pipehc.megatron.job.source import refuse_unknown_options
 from pipehc.megatron.job.spec import Residual, converted_once, residual_settings
@@ -32,23 +37,29 @@ from pipehc.schedules import Schedule
 
 
 def enable(
-    schedule: str | Schedule = "dualpipe", *, residual: Residual | None = None, from_plain: bool = False, **options: Any
+    schedule: str | Schedule = "dualpipe",
+    *,
+    residual: Residual | None = None,
+    from_plain: bool = False,
+    allow_changes: bool = False,
+    **options: Any,
 ) -> Enabled:
     """Call it before `pretrain()`, or before a loop of another kind builds its model.
 
     Nothing of Megatron's is touched before, and `disable()` of what this returns, or the end of a `with` block over it, takes
     everything back. `get_forward_backward_func`, whichever module has imported it, returns ours from then on, and every GPTModel
-    is built with hyper-connections. In a job that runs megatron.training it also takes care of model chunks, gradient groups, data
-    iterators and checkpoints; any other loop (Megatron Bridge, a hand-written one) builds its chunks as before where a placement is
-    Megatron's own (1f1b, gpipe, zb_h1, interleaved), and with `build_model_chunks` and `wrap_model_chunks` elsewhere. The first
-    step refuses chunks that are not built so. What a script with it needs in memory and time says, before there is a GPU,
-    `python -m pipehc.megatron.job.dry_run` in the place of torchrun.
+    and HybridModel is built with hyper-connections. In a job that runs megatron.training it also takes care of model chunks,
+    gradient groups, data iterators and checkpoints; any other loop (Megatron Bridge, a hand-written one) builds its chunks as
+    before where a placement is Megatron's own (1f1b, gpipe, zb_h1, interleaved), and with `build_model_chunks` and
+    `wrap_model_chunks` elsewhere. The first step refuses chunks that are not built so. What a script with it needs in memory and
+    time says, before there is a GPU, `python -m pipehc.megatron.job.dry_run` in the place of torchrun.
 
     Args:
         schedule, options: as for `forward_backward_func`; "megatron" keeps Megatron's own schedule, and takes no options.
         residual: as for `hyper_connection_layer_spec`; None leaves the residual connections as they are.
         from_plain: a checkpoint without hyper-connections may be loaded, without its optimizer state (--pretrained-checkpoint, or
             --load and --finetune): the hyper-connections start from their initial values.
+        allow_changes: a checkpoint that was trained with another residual may be loaded, where it has the tensors.
 
     Raises:
         ValueError: for arguments that are not known. When the job starts, on every rank: for what it asks that cannot work with
@@ -61,7 +72,7 @@ def enable(
         raise ValueError("schedule = 'megatron' with residual = None: changes nothing; name a schedule or a residual")
     if from_plain and settings is None:
         raise ValueError("from_plain = True with residual = None: there are no hyper-connections to start; name a residual")
-    enabled = Enabled(forward_backward_func(schedule, **options), settings, from_plain)
+    enabled = Enabled(forward_backward_func(schedule, **options), settings, from_plain, allow_changes)
     enabled.install()
     return enabled
 
@@ -79,8 +90,11 @@ class Enabled:
 
     _current: Enabled | None = None
 
-    def __init__(self, function: ForwardBackward | MegatronsOwn, residual: ResidualConfig | None, from_plain: bool) -> None:
-        self._function, self._source, self._residual, self._from_plain = function, function.source, residual, from_plain
+    def __init__(
+        self, function: ForwardBackward | MegatronsOwn, residual: ResidualConfig | None, from_plain: bool, allow_changes: bool
+    ) -> None:
+        self._function, self._source, self._residual = function, function.source, residual
+        self._from_plain, self._allow_changes = from_plain, allow_changes
         self._before: list[tuple[Any, str, Any]] = []
 
     def install(self) -> None:
@@ -100,9 +114,13 @@ class Enabled:
         self._replace(schedules, "get_model_config", self._begun_by_megatron)
         if clip_grads.l2_norm_impl is getattr(utils, "local_multi_tensor_l2_norm", None):
             self._replace(clip_grads, "l2_norm_impl", lambda _: local_l2_norm)
-        self._replace(dist_checkpointing, "load", lambda load: loading(load, self._from_plain))
+        self._replace(dist_checkpointing, "save", lambda save: saving(save, self._residual))
+        own = self._from_plain, self._residual, self._allow_changes
+        self._replace(dist_checkpointing, "load", lambda load: loading(load, *own))
         if self._residual is not None:
             self._replace(GPTModel, "__init__", self._gpt_model)
+            self._replace(MultiTokenPredictionLayer, "__init__", predicting(self._residual))
+        self._replace(HybridModel, "__init__", building(self._residual))
         try:
             from megatron.training import training
         except ImportError:  # a loop of the user's own, on megatron.core alone

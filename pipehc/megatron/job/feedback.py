@@ -24,7 +24,7 @@ def gain_feedback(chunks: Sequence[nn.Module]) -> Iterator[None]:
         return
     residual: Any = layers[0].residual
     connections = {sublayer: connection for layer in layers for sublayer, connection in layer.connections().items()}
-    gain = CompositeGain(connections, 2 * layers[0].config.num_layers, residual.streams)
+    gain = CompositeGain(connections, layers[0].model_sublayers, residual.streams)
     with gain.tracking():
         yield
     one = next(iter(connections.values()))

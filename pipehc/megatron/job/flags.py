@@ -6,7 +6,10 @@ from argparse import ArgumentParser
 from functools import cache
 from typing import Any
 
-LAYOUT = "the layout (--num-layers, --pipeline-model-parallel-layout, --decoder-first- or --decoder-last-pipeline-num-layers)"
+LAYOUT = (
+    "the layout (--num-layers, --pipeline-model-parallel-layout, --hybrid-layer-pattern, --decoder-first- or "
+    "--decoder-last-pipeline-num-layers)"
+)
 
 
 def named(option: str, value: Any) -> str:

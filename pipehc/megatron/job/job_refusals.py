@@ -6,9 +6,11 @@ from argparse import Namespace
 from typing import Any
 
 from pipehc.megatron.job.flags import flag_of, named
+from pipehc.megatron.job.hybrid import refuse_pattern, refuse_segments
 from pipehc.megatron.job.optimizer_shards import moves_stages
-from pipehc.megatron.job.refusals import refuse_options, refuse_placement, refuse_tied, refuse_values
+from pipehc.megatron.job.refusals import refuse_options, refuse_placement, refuse_values
 from pipehc.megatron.job.source import ScheduleSource
+from pipehc.megatron.job.tied import refuse_tied
 from pipehc.megatron.versions import refuse_optimizer
 from pipehc.schedules import ScheduleError
 
@@ -17,8 +19,6 @@ BATCH = "a schedule is for one number of micro-batches"
 
 # argument -> (values that are fine, remedy beside leaving it out)
 ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hybrid_layer_pattern": ((None,), "use a GPTModel: HybridModel's layers have no residual of two sub-layers"),
-    "hybrid_override_pattern": ((None,), "use a GPTModel: HybridModel's layers have no residual of two sub-layers"),
     "use_megatron_fsdp": ((False, None), DDP),
     "use_torch_fsdp2": ((False, None), DDP),
     "init_model_with_meta_device": ((False, None), ""),
@@ -52,6 +52,10 @@ REPLICATED: dict[str, tuple[tuple[Any, ...], str]] = {
 def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: Any) -> None:
     """ValueError, naming argument, value and remedy, for the first thing that cannot work. The same on every rank."""
     placement = source.placement(ranks)
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern is not None:
+        refuse_pattern(pattern, getattr(args, "mtp_num_layers", None))
+        refuse_segments(pattern, ranks, placement.stages // ranks)
     refuse_placement(placement, args.virtual_pipeline_model_parallel_size)
     ours = source.name != "megatron"
     replicated = placement.lanes == 2
@@ -59,7 +63,7 @@ def refuse_job(args: Namespace, source: ScheduleSource, ranks: int, residual: An
         refuse_values(args, table, f"pipehc.megatron with schedule {source.name}")
     if ours:
         refuse_options(args)
-    if ours and not getattr(args, "untie_embeddings_and_output_weights", True):
+    if ours and (not getattr(args, "untie_embeddings_and_output_weights", True) or getattr(args, "mtp_num_layers", None)):
         refuse_tied(placement)
     if replicated:
         _refuse_replicas(args)

@@ -13,19 +13,23 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from pipehc.config.schema import ResidualConfig
 from pipehc.megatron.job.announcement import announce
+from pipehc.megatron.job.saved_residual import take_residual
 
 CONNECTION = re.compile(r"(?!.*optimizer).*\b(attention|mlp)_connection\.")
 LENIENT = ("ignore_all", "log_all", "return_all")
 
 
-def loading(original: Callable[..., Any], from_plain: bool) -> Callable[..., Any]:
+def loading(
+    original: Callable[..., Any], from_plain: bool, residual: ResidualConfig | None, allow_changes: bool
+) -> Callable[..., Any]:
     """In the place of Megatron's `dist_checkpointing.load`.
 
     from_plain: a checkpoint without any hyper-connections may be loaded; those of the model keep their initial values.
 
-    What it returns raises ValueError, on every rank, if the checkpoint lacks hyper-connections of the model, and warns of those
-    that the model lacks.
+    What it returns raises ValueError, on every rank, if the checkpoint lacks hyper-connections of the model, or was trained with
+    another residual (unless `allow_changes`), and warns of those that the model lacks.
     """
 
     @functools.wraps(original)
@@ -37,7 +41,9 @@ def loading(original: Callable[..., Any], from_plain: bool) -> Callable[..., Any
         missing = asked - saved
         strict = getattr(given.get("strict"), "value", given.get("strict"))
         if not missing or (strict in LENIENT and not from_plain):
-            return original(sharded_state_dict, checkpoint_dir, *args, **given)
+            loaded = original(sharded_state_dict, checkpoint_dir, *args, **given)
+            take_residual(_state(loaded), checkpoint_dir, residual, allow_changes)
+            return loaded
         if saved:
             raise ValueError(
                 f"checkpoint {checkpoint_dir}: has hyper-connections of another form, without {_count(missing)}; {_meant()}"
@@ -54,14 +60,17 @@ def loading(original: Callable[..., Any], from_plain: bool) -> Callable[..., Any
             )
         kept = list(_taken_out(sharded_state_dict, missing))
         loaded = original(sharded_state_dict, checkpoint_dir, *args, **given)
-        state = loaded[0] if isinstance(loaded, tuple) else loaded
         for path, tensor in kept:
             *place, name = path
-            functools.reduce(lambda inner, key: inner[key], place, state)[name] = tensor.data
+            functools.reduce(lambda inner, key: inner[key], place, _state(loaded))[name] = tensor.data
         announce(f"checkpoint {checkpoint_dir}: is of the plain model; {_count(missing)} start from their initial values")
         return loaded
 
     return load
+
+
+def _state(loaded: Any) -> Any:
+    return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
 def _compared(keys: set[str], checkpoint_dir: Any, group: dist.ProcessGroup | None) -> tuple[set[str], set[str], bool]:

@@ -13,13 +13,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import nn
 
 from pipehc.megatron.job.flags import LAYOUT
+from pipehc.megatron.job.hybrid import building
 from pipehc.megatron.job.mirror import count_once, equalize, gradient_groups, save_once
+from pipehc.megatron.job.models import HybridModel
 from pipehc.megatron.job.position import acting_at, held_stages, megatron_place
+from pipehc.megatron.job.prediction import predicting
 from pipehc.megatron.job.refusals import (
     DDP_OPTIONS,
     refuse_model,
@@ -30,6 +34,7 @@ from pipehc.megatron.job.refusals import (
 )
 from pipehc.megatron.job.source import source_of
 from pipehc.megatron.job.spec import Residual, converted_once, residual_settings
+from pipehc.megatron.job.tied import tie, tied_on_ranks
 from pipehc.schedules import Placement
 
 
@@ -70,6 +75,7 @@ def build_chunks(
     if placement.lanes == 2:
         equalize(chunks, held)
         save_once(chunks, held)
+    tie(chunks, held, placement)
     return chunks
 
 
@@ -86,7 +92,7 @@ def _build(
         position, vp_stage = megatron_place(placement, stage)
         # The second replica gets the weights of the first: it draws no numbers that the job as it was would not have drawn.
         drawing = nullcontext() if lane == 0 else _random_state_kept()
-        with acting_at(position) as group, _converted(settings), drawing:
+        with acting_at(position) as group, tied_on_ranks(placement), _converted(settings), drawing:
             collection = ProcessGroupCollection.use_mpu_process_groups()
             collection.pp = group
             ends = {"pre_process": stage == 0, "post_process": stage + 1 == placement.stages}
@@ -156,17 +162,20 @@ def _random_state_kept() -> Iterator[None]:
 
 @contextmanager
 def _converted(residual: Residual | None) -> Iterator[None]:
-    """Inside, decoders are built in their hyper-connection form."""
-    if residual is None:
-        yield
-        return
+    """Inside, decoders and the layers of multi-token prediction are built in their hyper-connection form, if there is a residual; a
+    HybridModel where it acts."""
+    originals = [(owner, owner.__init__) for owner in (TransformerBlock, HybridModel, MultiTokenPredictionLayer)]
     original = TransformerBlock.__init__
 
     def init(self: Any, config: Any, spec: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, config, converted_once(spec, residual), *args, **kwargs)
+        original(self, config, spec if residual is None else converted_once(spec, residual), *args, **kwargs)
 
     TransformerBlock.__init__ = init
+    HybridModel.__init__ = building(residual)(HybridModel.__init__)
+    if residual is not None:
+        MultiTokenPredictionLayer.__init__ = predicting(residual)(MultiTokenPredictionLayer.__init__)
     try:
         yield
     finally:
-        TransformerBlock.__init__ = original
+        for owner, constructor in originals:
+            owner.__init__ = constructor

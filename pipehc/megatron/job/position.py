@@ -63,6 +63,17 @@ def acting_at(position: int) -> Iterator[Any]:
 
 
 @contextmanager
+def acting_ranks_told() -> Iterator[None]:
+    """Inside, torch.distributed.get_rank answers for an `ActingGroup`, too: HybridModel asks it and not the group."""
+    original = dist.get_rank
+    dist.get_rank = lambda group=None: group.rank() if isinstance(group, ActingGroup) else original(group)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dist.get_rank = original  # type: ignore[assignment]
+
+
+@contextmanager
 def exchanged(groups: Mapping[Any, Any]) -> Iterator[None]:
     """Inside, Megatron's parallel state answers with other groups: those on the right for those on the left."""
     state = vars(parallel_state)

@@ -12,7 +12,9 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import unwrap_model
 
 from pipehc.comm.handshake import first_problem
-from pipehc.megatron.job.flags import named, without
+from pipehc.megatron.job.flags import LAYOUT, named, without
+from pipehc.megatron.job.models import DECODERS
+from pipehc.megatron.job.tied import is_tied, refuse_tied
 from pipehc.megatron.layer import HyperConnectionLayer
 from pipehc.schedules import Placement
 
@@ -25,7 +27,6 @@ CONTEXTS = "the nodes do not enter its contexts"
 
 # option of Megatron's configuration -> (values that are fine, why not, remedy beside leaving it out)
 OPTIONS: dict[str, tuple[tuple[Any, ...], str, str]] = {
-    "mtp_num_layers": ((None, 0), "multi-token prediction has layers outside the decoder", ""),
     "cuda_graph_impl": (("none", None), CAPTURE, ""),
     "enable_cuda_graph": ((False, None), CAPTURE, ""),
     "external_cuda_graph": ((False, None), CAPTURE, ""),
@@ -110,9 +111,7 @@ def refuse_call(config: Any, adjust_tensor_shapes_fn: Any, p2p_communicator: Any
     """ValueError for what a call of the forward-backward function asks and we do not do."""
     refuse_options(config)
     if adjust_tensor_shapes_fn is not None:
-        raise ValueError(
-            f"adjust_tensor_shapes_fn = {adjust_tensor_shapes_fn!r}: must be None: our stage messages have one shape"
-        )
+        raise ValueError(f"adjust_tensor_shapes_fn = {adjust_tensor_shapes_fn!r}: must be None: our stage messages have one shape")
     refuse_groups(p2p_communicator, pg_collection)
 
 
@@ -139,15 +138,14 @@ def refuse_groups(p2p_communicator: Any, pg_collection: Any) -> None:
 def refuse_model(model: Any, placement: Placement) -> None:
     """ValueError for a model chunk that our schedules cannot take apart or place."""
     name = type(model).__name__
-    decoder = getattr(model, "decoder", None)
-    if decoder is None or type(decoder).__name__ != "TransformerBlock":
-        remedy = "use GPTModel"
-        if name == "HybridModel":
-            remedy = "use GPTModel: HybridModel has attention and FFN in layers of their own, no residual of two sub-layers"
-        raise ValueError(f"{name}: has no TransformerBlock as its decoder; {remedy}")
+    if type(getattr(model, "decoder", None)) not in DECODERS:
+        allowed = " or ".join(decoder.__name__ for decoder in DECODERS)
+        raise ValueError(f"{name}: has no {allowed} as its decoder; use GPTModel or HybridModel")
     if getattr(model, "encoder", None) is not None and getattr(model, "add_encoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported; use a decoder-only model")
-    if getattr(model, "share_embeddings_and_output_weights", False) and placement.ranks > 1:
+    if getattr(model, "mtp_process", False) and not model.post_process:
+        raise ValueError(f"{LAYOUT}: has multi-token prediction (m) on another stage than the last; put it before the loss (...mL)")
+    if is_tied(model):
         refuse_tied(placement)
 
 
@@ -184,8 +182,8 @@ def refuse_unconverted(chunks: Sequence[Any], residual: Any) -> None:
         found = ", ".join(sorted({"plain" if form is None else form.kind for form in forms})) or "none"
         raise ValueError(
             f"residual.kind = {residual.kind!r}: the layers of model chunk {i} ({type(unwrap_model(chunk)).__name__}) are {found}: "
-            "built before pipehc.megatron.enable was called, or no GPTModel; call enable before the model is built, or build it "
-            f"with pipehc.megatron.build_model_chunks(..., residual={residual.kind!r})"
+            "built before pipehc.megatron.enable was called, or neither GPTModel nor HybridModel; call enable before the model is "
+            f"built, or build it with pipehc.megatron.build_model_chunks(..., residual={residual.kind!r})"
         )
 
 
@@ -197,16 +195,6 @@ def refuse_unmirrored(chunks: Sequence[Any]) -> None:
                 f"model: chunk {i} ({type(chunk).__name__}) does not sum its gradients over both replicas of its stage, which "
                 "would drift apart; wrap the chunks with pipehc.megatron.wrap_model_chunks"
             )
-
-
-def refuse_tied(placement: Placement) -> None:
-    """ValueError if embedding and output head, which Megatron sums between first and last rank, lie on one rank."""
-    if any(lane[0] != 0 or lane[-1] != placement.ranks - 1 for lane in placement.table):
-        raise ValueError(
-            f"share_embeddings_and_output_weights = True: not supported over a {placement.kind} placement, which has embedding and "
-            "output head on the same rank; set --untie-embeddings-and-output-weights (share_embeddings_and_output_weights = "
-            "False), or use schedule = '1f1b'"
-        )
 
 
 def refuse_placement(placement: Placement, virtual_stages: int | None) -> None:

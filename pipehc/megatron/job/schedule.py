@@ -29,12 +29,14 @@ from pipehc.megatron.buckets import BucketReduction
 from pipehc.megatron.job.announcement import Setup, announce
 from pipehc.megatron.job.batches import batches_of
 from pipehc.megatron.job.chunk import ChunkStage, ForwardStep, decoder_chain, wrappers
+from pipehc.megatron.job.diagnostics import Diagnostics
 from pipehc.megatron.job.feedback import gain_feedback
+from pipehc.megatron.job.finalize import finalize, scattered_losses
 from pipehc.megatron.job.grad_sync import early_reduction, reduces_early, refuse_param_sync, start_gathers, without_grad_sync
 from pipehc.megatron.job.hang import HangReport
-from pipehc.megatron.job.mirror import mirrored_groups
 from pipehc.megatron.job.option_values import is_positive, is_whole, refuse_unless
-from pipehc.megatron.job.position import exchanged, held_stages, megatron_place
+from pipehc.megatron.job.position import held_stages, megatron_place
+from pipehc.megatron.job.prediction import losses_to_last_rank
 from pipehc.megatron.job.promise import keeping_promise
 from pipehc.megatron.job.refusals import BUILD, refuse_call, refuse_model, refuse_places, refuse_unmirrored, refusing_everywhere
 from pipehc.megatron.job.source import ScheduleSource, refuse_unknown_options, source_of
@@ -46,7 +48,7 @@ from pipehc.recompute import Chain
 from pipehc.schedules import Placement, Program, Schedule, compile
 from pipehc.schedules.execute import execute
 from pipehc.watch.markers import available
-from pipehc.watch.trace import node_watch
+from pipehc.watch.trace import Recorder, node_watch
 
 
 def forward_backward_func(
@@ -61,6 +63,9 @@ def forward_backward_func(
     trace_folder: str = "pipehc_trace",
     watchdog_folder: str = "pipehc_watchdog",
     nvtx: bool = False,
+    diagnostics_interval: int = 0,
+    diagnostics_folder: str = "pipehc_diagnostics",
+    gain_bound: float = 20.0,
     **search: Any,
 ) -> ForwardBackward | MegatronsOwn:
     """A function to call, or to let Megatron's `train_step` call, as what `get_forward_backward_func()` returns.
@@ -83,6 +88,10 @@ def forward_backward_func(
             them, also after a resume; a loop that uses neither megatron.training nor Megatron's rerun state machine has its steps
             counted from 1 in this process.
         nvtx: open a range for every action and node, for Nsight Systems and torch.profiler. Needs the package nvtx.
+        diagnostics_interval: every so many iterations, figures of the streams of one sequence go into `diagnostics_folder`
+            (diagnostics.jsonl, and for TensorBoard if that is installed); 0: never. `python -m pipehc.diagnostics` draws them.
+            Gradients are those of the loss of a micro-batch: its mean, or its sum if `calculate_per_token_loss`.
+        gain_bound: a composite gain above it is warned of.
         search: for "auto": costs (`pipehc.schedules.Costs`), placement ("linear", "v" or "bidirectional"), and max_live,
             time_limit, seed as `pipehc.schedules.auto` takes them.
 
@@ -93,7 +102,8 @@ def forward_backward_func(
     run = {
         "recompute": recompute, "recompute_block": recompute_block, "overlap": overlap, "transport": transport,
         "timeout_s": timeout_s, "trace_steps": trace_steps, "trace_folder": trace_folder, "watchdog_folder": watchdog_folder,
-        "nvtx": nvtx,
+        "nvtx": nvtx, "diagnostics_interval": diagnostics_interval, "diagnostics_folder": diagnostics_folder,
+        "gain_bound": gain_bound,
     }  # fmt: skip
     defaults = forward_backward_func.__kwdefaults__ or {}
     refuse_unknown_options(schedule, {name: value for name, value in run.items() if value != defaults[name]} | search)
@@ -108,12 +118,16 @@ def forward_backward_func(
         and trace_steps[0] <= trace_steps[1]
     )  # fmt: skip
     refuse_unless(steps, "trace_steps", trace_steps, "(first, last) with 1 <= first <= last, or None")
-    for name, folder in (("trace_folder", trace_folder), ("watchdog_folder", watchdog_folder)):
+    folders = {"trace_folder": trace_folder, "watchdog_folder": watchdog_folder, "diagnostics_folder": diagnostics_folder}
+    for name, folder in folders.items():
         refuse_unless(isinstance(folder, (str, PathLike)) and bool(str(folder)), name, folder, "a path")
+    refuse_unless(is_whole(diagnostics_interval, 0), "diagnostics_interval", diagnostics_interval, "at least 0 iterations")
+    refuse_unless(is_positive(gain_bound) and gain_bound > 1, "gain_bound", gain_bound, "more than 1")
     refuse_unless(not nvtx or available(), "nvtx", nvtx, "False where the package nvtx (0.2.12 or newer) is not installed")
     tracing = Tracing(trace_steps, Path(trace_folder), nvtx)
     hang = HangReport(timeout_s, Path(watchdog_folder))
-    return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, tracing, hang, transport)
+    streams = Diagnostics(diagnostics_interval, Path(diagnostics_folder), gain_bound)
+    return ForwardBackward(source_of(schedule, search), recompute, recompute_block, overlap, tracing, hang, streams, transport)
 
 
 class ForwardBackward:
@@ -132,10 +146,11 @@ class ForwardBackward:
         overlap: bool,
         tracing: Tracing,
         hang: HangReport,
+        diagnostics: Diagnostics,
         transport: Transport = "device",
     ) -> None:
         self._transport: Transport = transport
-        self.source, self._tracing, self._hang = source, tracing, hang
+        self.source, self._tracing, self._hang, self._diagnostics = source, tracing, hang, diagnostics
         self._recompute, self._block, self._overlap = recompute, recompute_block, overlap
         self._chains: dict[nn.Module, Chain] = {}
         self._reduction = BucketReduction()
@@ -198,11 +213,16 @@ class ForwardBackward:
         mailbox = self._mailbox(config, decoder_seq_length or seq_length, micro_batch_size, streams_of(chunks), groups)
         self._announce(program, chunks)
         tracing = self._tracing.observers(forward_only, pipeline.rank(), self._device, self._queues, held)
+        seen = None
+        if not forward_only and not any(isinstance(one, Recorder) for one in tracing):  # whose times are to be those of other steps
+            step_number, tokens = self._tracing.step, decoder_seq_length or seq_length
+            seen = self._diagnostics.begin(step_number, chunks, held, config, tokens, num_microbatches, groups)
         observers: list[Any] = [self._hang.watchdog, *self.own_observers(), *tracing]
         stages = {
             (lane, stage): self.stage_type(
                 chunk, self._chains[chunk], megatron_place(placement, stage), (stage == 0, stage + 1 == placement.stages),
                 self._queues, step, own, recompute=recompute, watch=node_watch(observers, lane, stage),
+                probe=seen.figures.probes.get((lane, stage)) if seen else None,
             )
             for (lane, stage), chunk, own in zip(held, chunks, batches)
         }  # fmt: skip
@@ -227,37 +247,24 @@ class ForwardBackward:
                 execute(instructions, placement, stages, mailbox, observers, self._overlap, self._queues)
             for own in {id(b): b for b in batches if b is not None}.values():
                 own.finish()
+            if seen:
+                for tensor in seen.figures.tensors():
+                    self._queues["compute"].hold(tensor)
+                seen.figures.start(self._device)
             if config.finalize_model_grads_func is not None and not forward_only:
-                self._finalize(chunks, config, list(stages.values()), placement, groups, force_all_reduce)
+                counted = [stage.tokens for stage in stages.values()] if config.calculate_per_token_loss else None
+                finalize(chunks, held, placement, config, counted, groups, force_all_reduce)
             self._reduction.checks.finish()
+            if seen:
+                self._diagnostics.end(seen, chunks)
             reports = {m: data for stage in stages.values() for m, report in stage.reported.items() for data in report}
-            if _scattered_losses(placement):
+            if scattered_losses(placement):
+                if not forward_only and getattr(config, "mtp_num_layers", None):
+                    losses_to_last_rank(config.mtp_num_layers, self._device)
                 reports = _gathered(reports, pipeline, self._device)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return [reports[m] for m in sorted(reports)] if pipeline.rank() + 1 == pipeline.size() else []
-
-    def _finalize(
-        self,
-        chunks: Sequence[Any],
-        config: Any,
-        stages: Sequence[ChunkStage],
-        placement: Placement,
-        groups: Any,
-        force_all_reduce: bool | None,
-    ) -> None:
-        """Lets the job end its gradients: reductions, sequence-parallel sums, division by tokens, biases of experts."""
-        tokens = None
-        if config.calculate_per_token_loss:
-            tokens = torch.as_tensor(sum(stage.tokens for stage in stages), dtype=torch.int, device=self._device)
-            if _scattered_losses(placement):
-                dist.all_reduce(tokens, group=groups.pp)  # afterwards Megatron takes the last rank's
-        replicas = {}
-        if placement.lanes == 2:
-            replicas = {groups.tp_dp_cp: mirrored_groups(groups.pp)[groups.tp_dp_cp]}
-            groups.tp_dp_cp = replicas[groups.tp_dp_cp]
-        with exchanged(replicas):  # 0.17 asks its parallel state for the group that sums the token counts of experts
-            config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
 
     def own_observers(self) -> list[Any]:
         """Of every instruction."""
@@ -274,6 +281,7 @@ class ForwardBackward:
         setup = Setup(
             program, self.source.name, self.source.origin(program.schedule.microbatches), self._message, self._block, self._overlap,
             self._tracing.steps, self._tracing.folder, self._tracing.nvtx, self._hang.timeout_s, self._hang.folder,
+            self._diagnostics.interval, self._diagnostics.folder,
         )  # fmt: skip
         announce(setup.text(chunks))
 
@@ -287,6 +295,7 @@ class ForwardBackward:
                 refuse_model(unwrap_model(chunk), placement)
         with refusing_everywhere():
             refuse_places(chunks, held, placement, parallel_state.get_pipeline_model_parallel_group())
+            self._diagnostics.prepare()
             for chunk in new:
                 self._chains[chunk] = decoder_chain(unwrap_model(chunk).decoder, self._block)
                 self._device = next(chunk.parameters()).device
@@ -357,11 +366,6 @@ class ForwardBackward:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             for text in overlap_warnings(os.environ, ranks_here, os.cpu_count() or 1, self._device.type == "cuda"):
                 warnings.warn(f"pipehc: {text}", stacklevel=2)
-
-
-def _scattered_losses(placement: Placement) -> bool:
-    """Whether losses are computed elsewhere than on the last pipeline rank, where Megatron looks for them."""
-    return {lane[-1] for lane in placement.table} != {placement.ranks - 1}
 
 
 def _gathered(reports: dict[int, Any], pipeline: dist.ProcessGroup, device: torch.device) -> dict[int, Any]:

@@ -16,6 +16,7 @@ from pipehc.schedules.placement import looped
 SEARCH_OPTIONS = ("costs", "gpu", "placement", "max_live", "time_limit", "seed")
 RUN_OPTIONS = (
     "recompute", "recompute_block", "overlap", "transport", "timeout_s", "trace_steps", "trace_folder", "watchdog_folder", "nvtx",
+    "diagnostics_interval", "diagnostics_folder", "gain_bound",
 )  # fmt: skip
 
 

@@ -14,12 +14,15 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import nn
 
-from pipehc.checkpoint.flat_slices import FlatSlice
+from pipehc.checkpoint.flat_slices import Held
 from pipehc.megatron.buckets import BucketReduction
 from pipehc.megatron.gradient_norm import gradient_norm
+from pipehc.megatron.trainer.cuts import Joined, cut_of, is_shared, join
 from pipehc.megatron.trainer.groups import Groups
 from pipehc.megatron.trainer.model import DTYPES, StageModel, buffer_names, parameter_names
+from pipehc.megatron.trainer.tied import Tied, is_copy
 from pipehc.megatron.wgrad import install_deferral
+from pipehc.model.hyper_connection import HyperConnection
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,13 +40,16 @@ class Optimizer:
         self._settings, self._groups = config.optimizer, groups
         self._bias_update_rate = config.model.bias_update_rate
         self._chunks = [_wrap(model, groups, config.runtime.bucket_size) for model in models]
+        self._tied = Tied(self._chunks, groups)
         self._reduction = BucketReduction()
         for chunk in self._chunks:
-            install_deferral(chunk, self._reduction)
+            install_deferral(chunk, self._reduction, add_products=config.runtime.fused)
             self._reduction.watch(chunk)
         self._megatron = _distributed_optimizer(config, groups, self._chunks)
         self._parts: list[DistributedOptimizer] = self._megatron.chained_optimizers  # dense and, with ep > 1, experts
         self._reducing: set[StageModel] = set()
+        self._shared: list[torch.Tensor] | None = None
+        self._joined: list[Joined] = []
         self._names = {parameter: name for model in models for name, parameter in parameter_names(model).items()}
         self._steps = torch.zeros(1, dtype=torch.int64)
         for part in self._parts:
@@ -52,6 +58,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forget all gradients; call before the first backward of a step."""
+        self._joined.clear()
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
@@ -80,9 +87,11 @@ class Optimizer:
         self._reduction.end_step(self._chunks)
         for chunk in self._chunks:
             chunk.finish_grad_sync()
+        self._sum_shared()
+        self._tied.sum_gradients()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """After `reduce_gradients`, before `step`: the whole fp32 gradient of every parameter held here, by global name."""
+        """After `reduce_gradients`, before `step`: the fp32 gradient of every parameter (or part) held here, by global name."""
         found = {}
         for buffer in self._buffers():
             for bucket in buffer.buckets:
@@ -115,7 +124,7 @@ class Optimizer:
             if self._settings.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self._settings.clip_grad, norm)
             for group in part.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * (group["max_lr"] / self._settings.lr)
                 group["weight_decay"] = self._settings.weight_decay * group["wd_mult"]
         self._megatron.step_with_ready_grads()
         self._steps += 1
@@ -136,19 +145,25 @@ class Optimizer:
             router.expert_bias.copy_(bias)
             router.local_tokens_per_expert.zero_()
 
-    def state(self) -> dict[str, torch.Tensor | FlatSlice]:
-        """What a checkpoint must hold, by names that no layout changes, as it lies in memory: save it, or load it in place.
+    def state(self) -> dict[str, Held]:
+        """What a checkpoint must hold, by names that no layout changes, as it lies in memory: save it, or load it in place. What
+        tensor parallelism cuts by columns is copied: rows that all its ranks have together are one range, not one a row.
 
         `weights.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`: the elements that this rank owns, fp32.
         `optimizer.steps`: how many steps there have been, int64 [1]. `buffers.NAME`: expert biases, fp32 [experts].
         """
-        state: dict[str, torch.Tensor | FlatSlice] = {"optimizer.steps": self._steps}
+        state: dict[str, Held] = {"optimizer.steps": self._steps}
+        self._joined = []
         for part in self._parts:
             for parameter, shard, start in _owned(part):
-                name, shape = self._names[parameter], tuple(parameter.shape)
-                state[f"weights.{name}"] = FlatSlice(shape, start, shard.data)
-                for moment in MOMENTS:
-                    state[f"optimizer.{moment}.{name}"] = FlatSlice(shape, start, part.optimizer.state[shard][moment])
+                if is_copy(parameter):
+                    continue
+                name, cut = self._names[parameter], cut_of(parameter, self._groups.tp)
+                moments = {f"optimizer.{moment}.{name}": part.optimizer.state[shard][moment] for moment in MOMENTS}
+                for key, tensor in {f"weights.{name}": shard.data, **moments}.items():
+                    joined = join(tensor, tuple(parameter.shape), start, cut, self._groups.tp)
+                    state[key] = joined.held
+                    self._joined.append(joined)
         for model in self.models:
             state |= {f"buffers.{name}": buffer for name, buffer in buffer_names(model).items()}
         return state
@@ -156,11 +171,30 @@ class Optimizer:
     @torch.no_grad()
     def after_load(self) -> None:
         """After loading into `state()`: give the model, on every replica, the weights that were loaded."""
+        for joined in self._joined:
+            joined.take()
+        self._tied.follow(self._owned_tensors)
         for part in self._parts:
             part._copy_main_params_to_model_params()
         for chunk in self._chunks:
             chunk.start_param_sync(force_sync=True)
         self._set_steps(int(self._steps))
+
+    def _owned_tensors(self, wanted: nn.Parameter) -> list[torch.Tensor]:
+        found = ((part, shard) for part in self._parts for parameter, shard, _ in _owned(part) if parameter is wanted)
+        return [t for part, shard in found for t in (shard.data, *(part.optimizer.state[shard][m] for m in MOMENTS))]
+
+    def _sum_shared(self) -> None:
+        """Sums the gradients of what all tensor-parallel ranks have and use for their own tokens. What this rank owns of them lies
+        where it does on the others: they hold the same shapes."""
+        if self._groups.tp_size == 1:
+            return
+        if self._shared is None:
+            self._shared = [part for buffer in self._buffers() for part in _owned_of_shared(buffer, self._groups.tp)]
+        if self._shared:
+            together = torch.cat(self._shared)
+            dist.all_reduce(together, group=self._groups.tp)
+            torch._foreach_copy_(self._shared, together.split([part.numel() for part in self._shared]))
 
     def _buffers(self) -> Iterator[Any]:
         for chunk in self._chunks:
@@ -218,14 +252,32 @@ def _distributed_optimizer(config: Any, groups: Groups, chunks: list[Distributed
     )
     # Norm weights, and the scalars and biases of hyper-connections.
     vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() < 2))
+    connections = {p for chunk in chunks for m in chunk.modules() if isinstance(m, HyperConnection) for p in m.parameters()}
+    own = ParamKey(predicate=ParamPredicate(name="connections", fn=connections.__contains__))
+    override = ParamGroupOverride(**({"max_lr": o.connection_lr * o.lr} if o.connection_lr != 1 else {}))
+    if not o.connection_decay:
+        override["wd_mult"] = 0.0
     with torch.no_grad():  # the shards of fp32 parameters are views of them, which must not become part of a graph
         return get_megatron_optimizer(
             settings,
             chunks,
-            config_overrides={vectors: ParamGroupOverride(wd_mult=0.0)},
+            config_overrides={vectors: ParamGroupOverride(wd_mult=0.0), **({own: override} if override else {})},
             use_gloo_process_groups=False,
             pg_collection=groups.collection,
         )
+
+
+def _owned_of_shared(buffer: Any, tp_group: Any) -> Iterator[torch.Tensor]:
+    """Of a buffer of DDP, what this rank owns of the gradients that tensor-parallel ranks sum: fp32, one dimension."""
+    group = buffer.data_parallel_group
+    for bucket in buffer.buckets:
+        own = bucket.grad_data.numel() // group.size()
+        begin = bucket.offset + own * group.rank()
+        for parameter in bucket.params_list:
+            start, end, _ = buffer.param_index_map[parameter]
+            start, end = max(start, begin), min(end, begin + own)
+            if is_shared(parameter, tp_group) and start < end:
+                yield bucket.grad_data[start - bucket.offset : end - bucket.offset]
 
 
 def _owned(part: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, torch.Tensor, int]]:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 aten = torch.ops.aten
 
-Class = Literal["matmul", "attention", "other", "communication"]
+Class = Literal["matmul", "attention", "other", "communication", "tensor parallel"]
 
 
 class Operation(NamedTuple):
-    """One launch. sort: what its speed depends on. half: whether it computes in 16 bits. bytes: read and written, every tensor
-    once; of a communication, what this rank gives to it; of a gather what it gets."""
+    """One launch. sort: what its speed depends on; 'tensor parallel': a communication of the ranks that share layers. half: whether
+    it computes in 16 bits. bytes: read and written, every tensor once; of a communication, what this rank gives to it; of a gather
+    what it gets. processes: that communicate, where it matters; 0: all that share a stage."""
 
     name: str
     sort: Class
     half: bool
     flops: float
     bytes: int
+    processes: int = 0
 
 
 # They launch nothing, though their schemas do not say that they only make a view, or memory without contents.
@@ -35,11 +37,21 @@ _FREE = {
     aten.empty_strided.default,
     aten.new_empty_strided.default,
     aten._reshape_alias.default,
+    aten.promote_types.default,
 }
 # They read the rows that they are asked for, not all.
 _GATHERS = {aten.index_select.default, aten.gather.default, aten.embedding.default, aten.index.Tensor}
 # They write the rows that they are given, and read them before where they add.
 _SCATTERS = {aten.index_put_.default, aten._index_put_impl_.default}
+
+def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Of a product of rows `a`, each with one of the matrices `b`."""
+    return 2 * int(a[0]) * int(b[-2]) * int(b[-1])
+
+
+if (grouped := getattr(aten, "_grouped_mm", None)) is not None and grouped not in flop_registry:
+    register_flop_formula(grouped)(_grouped)
+
 
 _views: dict[Any, bool] = {}
 
@@ -59,7 +71,7 @@ def operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         return Operation(str(func._overloadpacket), "communication", False, 0.0, _moved(func, args))
     name = func._schema.name
     inputs = [t for t in tree_iter((args, {k: v for k, v in kwargs.items() if k != "out"})) if isinstance(t, torch.Tensor)]
-    written = sum(size(t) for t in tree_iter(out) if isinstance(t, torch.Tensor))
+    written = sum(size(t) for t in tree_iter(out if out is not None else _changed(func, args)) if isinstance(t, torch.Tensor))
     if func in _GATHERS:
         read = written + sum(size(t) for t in inputs[1:])
     elif func in _SCATTERS:
@@ -76,8 +88,13 @@ def operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         flops, sort = float(count(*args, **kwargs, out_val=out)), "matmul"
         if "scaled_dot_product" in name:
             flops, sort = flops / 2, "attention"  # the count is of the whole square; kernels skip what causality masks
-    half = bool(inputs) and inputs[0].element_size() == 2
+    half = any(t.element_size() == 2 for t in inputs)
     return Operation(str(func._overloadpacket), sort, half, flops, read + written)  # type: ignore[arg-type]
+
+
+def _changed(func: Any, args: tuple[Any, ...]) -> list[Any]:
+    """What an operation works on in place, which may return nothing."""
+    return [a for a, s in zip(args, func._schema.arguments) if s.alias_info is not None and s.alias_info.is_write]
 
 
 def _moved(func: Any, args: tuple[Any, ...]) -> int:
@@ -87,26 +104,47 @@ def _moved(func: Any, args: tuple[Any, ...]) -> int:
     return sum(size(t) for t in tree_iter(moved) if isinstance(t, torch.Tensor))
 
 
-def kernel(name: str, args: Sequence[Any]) -> Operation:
+def kernel(name: str, args: Mapping[str, Any]) -> Operation:
     """The cost of one of our Triton kernels: every tensor once, which is what they are written for."""
-    x = args[0]
-    nbytes = sum(t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor))
-    flops = float(x.numel() if name in SUMS else x.numel() // x.shape[1] * FLOPS_PER_CHANNEL[name](x.shape[1]))
-    return Operation(f"pipehc.{name}", "other", False, flops, nbytes)
+    x = next(iter(args.values()))
+    nbytes = sum(t.numel() * t.element_size() for t in args.values() if isinstance(t, torch.Tensor))
+    if name in SUMS:
+        return Operation(f"pipehc.{name}", "other", False, float(x.numel()), nbytes)
+    n = x.shape[1]
+    flops = FLOPS_PER_CHANNEL[name](n)
+    if args.get("norm_weight") is not None:
+        flops += NORM_FLOPS_PER_CHANNEL[name](n)
+    return Operation(f"pipehc.{name}", "other", False, float(x.numel() // n * flops), nbytes)
 
 
 SUMS = {"parameter_sum_kernel"}
 """Kernels that add up what they are given."""
 
 # Of the others, whose first argument is streams [tokens, n, C], for a token and channel and by the number of streams: projections
-# onto n^2 + 2n coefficients, and sums over streams.
+# onto n^2 + 2n coefficients, and sums over streams. Of those of SwiGLU and of routing for a row and by its length.
 FLOPS_PER_CHANNEL = {
+    "swiglu_kernel": lambda width: 5 * width // 2,
+    "swiglu_backward_kernel": lambda width: 15 * width // 2,
+    "choose_kernel": lambda experts: 8 * experts,
+    "choose_backward_kernel": lambda experts: 12 * experts,
+    "place_kernel": lambda experts: 3 * experts,
+    "spread_kernel": lambda width: 0,
+    "collect_kernel": lambda width: width,
     "pre_kernel": lambda n: 2 * n,
     "pre_backward_kernel": lambda n: 4 * n,
     "post_res_kernel": lambda n: 2 * n * (n + 1),
     "post_res_backward_kernel": lambda n: 4 * n * (n + 1),
-    "mapping_kernel": lambda n: 2 * n * (n * n + 2 * n) + 2 * n * n + 4 * n,
-    "mapping_backward_kernel": lambda n: 4 * n * (n * n + 2 * n) + 4 * n * n + 8 * n,
+    "project_kernel": lambda n: 2 * n * (n * n + 2 * n) + 2 * n * n + 4 * n,
+    "map_kernel": lambda n: 2 * n,
+    "map_backward_kernel": lambda n: 2 * n * n + 4 * n,
+    "stream_gradient_kernel": lambda n: 2 * n * (n * n + 2 * n) + 2 * n * n + 4 * n,
+    "phi_gradient_kernel": lambda n: 2 * n * (n * n + 2 * n),
+}
+# Besides, with the norm of y: y . x_j and the sum again; times the weight; the sum again and the weight's gradient.
+NORM_FLOPS_PER_CHANNEL = {
+    "map_kernel": lambda n: 4 * n + 4,
+    "map_backward_kernel": lambda n: 1,
+    "stream_gradient_kernel": lambda n: 2 * n + 8,
 }
 
 

@@ -63,9 +63,11 @@ def _gib(size: float) -> str:
 
 
 def _actions(summary: dict[str, Any], console: Console) -> None:
+    cut = any(a["tensor_parallel_bytes"] for a in summary["actions"])
     table = _table(
         "\nActions, for one micro-batch (B: gradient of the input alone)",
-        "stage", "action", "TFLOP", "GB", "launches", "all-to-all MB", "roofline ms", "host ms", "all-to-all ms",
+        "stage", "action", "TFLOP", "GB", "launches", "all-to-all MB", *(["tp MB"] if cut else []), "roofline ms", "host ms",
+        "all-to-all ms", *(["tp ms"] if cut else []),
     )  # fmt: skip
     shown: dict[tuple[Any, ...], list[int]] = {}
     for a in summary["actions"]:
@@ -76,9 +78,11 @@ def _actions(summary: dict[str, Any], console: Console) -> None:
                 f"{a['bytes'] / 1e9:.2f}",
                 f"{a['launches']:.0f}",
                 f"{a['all_to_all_bytes'] / 1e6:.0f}",
+                *([f"{a['tensor_parallel_bytes'] / 1e6:.0f}"] if cut else []),
                 f"{a['device_ms']:.2f}",
                 f"{a['host_ms']:.2f}",
                 f"{a['all_to_all_ms']:.2f}",
+                *([f"{a['tensor_parallel_ms']:.2f}"] if cut else []),
             ),
             [],
         ).append(a["stage"])

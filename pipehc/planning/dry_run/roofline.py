@@ -11,7 +11,7 @@ from pipehc.planning.dry_run.tables import Work
 
 class Cost(NamedTuple):
     """Of a piece of work. device_ms: modelled. host_ms: what the host needs to launch it. exchanged: bytes that this rank gives to
-    all-to-alls, and exchange_ms how long they take."""
+    all-to-alls, and exchange_ms how long they take. shared, share_ms: of the gathers and sums of tensor parallelism."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -21,14 +21,16 @@ class Cost(NamedTuple):
     exchanged: float = 0.0
     exchange_ms: float = 0.0
     products: float = 0.0
+    shared: float = 0.0
+    share_ms: float = 0.0
 
     def plus(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(self, other)))
 
     @property
     def ms(self) -> float:
-        """How long it keeps its queue: what is slower, the device or the host that launches for it."""
-        return max(self.device_ms, self.host_ms) + self.exchange_ms
+        """How long it keeps its queue: what is slower, the device or the host that launches for it, and what it waits for."""
+        return max(self.device_ms, self.host_ms) + self.exchange_ms + self.share_ms
 
 
 def device_ms(operation: Operation, hardware: Hardware) -> float:
@@ -51,6 +53,9 @@ def cost(work: Work, hardware: Hardware, experts: int) -> Cost:
     for operation, n in work.items():
         if operation.name == _ALL_TO_ALL:
             total = total.plus(Cost(exchanged=n * operation.bytes, exchange_ms=n * _transfer_ms(operation.bytes, experts, link)))
+        elif operation.sort == "tensor parallel":
+            ms = n * _collective_ms(operation, 0, hardware.link(operation.processes))
+            total = total.plus(Cost(shared=n * operation.bytes, share_ms=ms))
         elif operation.sort != "communication":
             ms, host = device_ms(operation, hardware), 1e-3 * hardware.launch_us
             products = n * operation.flops if operation.sort in ("matmul", "attention") else 0.0
@@ -60,18 +65,21 @@ def cost(work: Work, hardware: Hardware, experts: int) -> Cost:
 
 def collectives(work: Work, processes: int, link: Link) -> tuple[float, float]:
     """(bytes, ms) of the sums and gathers over the replicas of a stage; sends and receives of stage messages are not among them.
-
-    Around a ring: a sum that everyone gets is a scattered one and a gather, so it takes twice as long.
-    """
+    processes: of those that do not say how many they join."""
     own = {o: n for o, n in work.items() if o.sort == "communication" and o.name not in (_ALL_TO_ALL, "c10d.send", "c10d.recv_")}
     return (
         sum(n * operation.bytes for operation, n in own.items()),
-        sum(n * (2 if o.name in _SUMS else 1) * _transfer_ms(o.bytes, processes, link) for o, n in own.items()),
+        sum(n * _collective_ms(o, processes, link) for o, n in own.items()),
     )
 
 
 _ALL_TO_ALL = "c10d.alltoall_base_"
 _SUMS = ("c10d.allreduce_", "c10d.allreduce_coalesced_")
+
+
+def _collective_ms(operation: Operation, processes: int, link: Link) -> float:
+    """Around a ring: a sum that everyone gets is a scattered one and a gather, so it takes twice as long."""
+    return (2 if operation.name in _SUMS else 1) * _transfer_ms(operation.bytes, operation.processes or processes, link)
 
 
 def _transfer_ms(moved: float, processes: int, link: Link) -> float:

@@ -60,7 +60,8 @@ def sum_of(costs: Sequence[Cost]) -> Cost:
 def _optimizer_ms(run: RankRun, job: Job, hardware: Hardware) -> float:
     """The device's and the links' time, not the host's: CUDA's AdamW launches one kernel for many parameters, this one many."""
     work, replicas = phase(run.launches, "optimizer"), job.replicas
-    return cost(work, hardware, 1).device_ms + collectives(work, replicas, hardware.link(replicas))[1]
+    own = cost(work, hardware, 1)
+    return own.device_ms + own.share_ms + collectives(work, replicas, hardware.link(replicas))[1]
 
 
 def _sums_ms(run: RankRun, job: Job, hardware: Hardware) -> float:
@@ -125,6 +126,8 @@ def _cost(found: Cost) -> dict[str, float]:
         "device_ms": found.device_ms,
         "host_ms": found.host_ms,
         "all_to_all_ms": found.exchange_ms,
+        "tensor_parallel_bytes": found.shared,
+        "tensor_parallel_ms": found.share_ms,
     }
 
 
@@ -147,7 +150,7 @@ def _operations(dry: DryRun, most: int = 12) -> list[dict[str, Any]]:
 
 
 def _add(totals: Counter[str], sums: dict[str, list[float]], operation: Operation, n: float, hardware: Hardware) -> None:
-    if operation.sort == "communication":
+    if operation.sort in ("communication", "tensor parallel"):
         return
     totals[operation.name] += n * device_ms(operation, hardware)  # type: ignore[assignment]
     entry = sums.setdefault(operation.name, [0.0, 0.0, 0.0])

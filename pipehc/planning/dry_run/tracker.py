@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -69,6 +69,7 @@ class Tracker(TorchDispatchMode):
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._known: dict[Any, _Known] = {}
         self.groups: set[str] = set()  # of processes that communicated
+        self.tensor_parallel: str | None = None  # the group of the ranks that share layers, to be told apart
         self._meta = device.type == "meta"
 
     @contextmanager
@@ -107,7 +108,7 @@ class Tracker(TorchDispatchMode):
         """Inside, nothing is counted."""
         return _disable_current_modes()
 
-    def note_kernel(self, name: str, args: Sequence[Any]) -> AbstractContextManager[object]:
+    def note_kernel(self, name: str, args: Mapping[str, Any]) -> AbstractContextManager[object]:
         """For `pipehc.kernels.language.noting`: a kernel that runs on real tensors is one launch, whatever it does inside."""
         self.launches[self._where[-1]][kernel(name, args)] += 1
         return self.off()
@@ -160,8 +161,13 @@ class Tracker(TorchDispatchMode):
         tensors = [t for t in tree_iter(args) if isinstance(t, torch.Tensor)]
         if not any(t.device.type in self._counted for t in tensors):
             return out
+        groups = [dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a)]
+        if self.tensor_parallel is not None:  # then not all that share a stage hold the same of it
+            (group,) = groups
+            found = found._replace(processes=group.size())
+            found = found._replace(sort="tensor parallel") if group.group_name == self.tensor_parallel else found
         self.launches[self._where[-1]][found] += 1
-        self.groups |= {dist.ProcessGroup.unbox(a).group_name for a in args if isinstance(a, torch.ScriptObject) and _is_group(a)}
+        self.groups |= {group.group_name for group in groups}
         if func._overloadpacket.__name__ in ("send", "recv_"):
             self.mark(tensors, "messages")
         return out

@@ -24,21 +24,23 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def layouts(config: Config, gpus: int) -> Iterator[Config]:
-    """Every pp x dp = gpus, ep, micro-batch, recomputation and named schedule, with blocks as even as possible.
+    """Every pp x tp x dp = gpus with the configuration's own tp, ep, micro-batch, recomputation and named schedule, with blocks as
+    even as possible.
 
-    tp is 1, as the trainer wants it. On one pipeline rank all schedules do the same: 1f1b stands for them. Micro-batches and
-    recomputation: `micro_batches`, `recomputations`.
+    On one pipeline rank all schedules do the same: 1f1b stands for them. Micro-batches and recomputation: `micro_batches`,
+    `recomputations`.
     """
-    for pp in divisors(gpus):
+    tp = config.parallel.tp
+    for pp in divisors(gpus // tp) if gpus % tp == 0 else []:
         if pp > config.model.blocks:
             continue
-        dp = gpus // pp
-        experts = [ep for ep in divisors(config.model.experts or 1) if dp % ep == 0]
+        dp = gpus // (pp * tp)
+        experts = [ep for ep in divisors(config.model.experts or 1) if dp * tp % ep == 0]
         for ep, size, recompute, (name, chunks) in product(experts, micro_batches(config), recomputations(config), _schedules(pp)):
             try:
                 yield changed(
                     config,
-                    parallel={"pp": pp, "tp": 1, "ep": ep, "dp": dp, "blocks_per_stage": None},
+                    parallel={"pp": pp, "ep": ep, "dp": dp, "blocks_per_stage": None},
                     schedule={"name": name, "chunks": chunks},
                     recompute=recompute,
                     train={"micro_batch": size},

@@ -28,14 +28,15 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def _table(title: str, rows: list[dict[str, Any]], console: Console, last: str, words: Any) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for name in ("schedule", "pp", "ep", "dp", "micro-batch", "recompute", "blocks"):
+    cut = ["tp"] if rows[0]["tp"] > 1 else []
+    for name in ("schedule", "pp", *cut, "ep", "dp", "micro-batch", "recompute", "blocks"):
         table.add_column(name, justify="left" if name == "schedule" else "right")
     for name in ("GiB", "ms", "MFU"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(last)
     for row in rows:
         table.add_row(
-            _schedule(row), str(row["pp"]), str(row["ep"]), str(row["dp"]), str(row["micro_batch"]), _recompute(row),
+            _schedule(row), *(str(row[name]) for name in ("pp", *cut, "ep", "dp", "micro_batch")), _recompute(row),
             _blocks(row["blocks_per_stage"]), f"{row['total_bytes'] / GIB:.1f}",
             "" if row["ms"] is None else f"{row['ms']:,.0f}" if row["ms"] >= 1000 else f"{row['ms']:.1f}",
             "" if not row["model_flops_utilisation"] else f"{100 * row['model_flops_utilisation']:.1f} %", words(row),

@@ -11,12 +11,12 @@ from pipehc.schedules import Costs, Placement
 
 
 def stage_costs(placement: Placement, table: Mapping[Key, Cost], message_bytes: int, link: Link) -> Costs:
-    """Stages differ by one factor each, and pairs hide all of their all-to-alls. table: ms of one micro-batch."""
+    """Stages differ by one factor each, and pairs hide all that is on the queue of all-to-alls. table: ms of one micro-batch."""
     stages = range(placement.stages)
 
     def mean(kind: str, exchange: bool = True) -> float:
         found = [table[s, kind] for s in stages if (s, kind) in table]
-        ms = (cost.ms if exchange else max(cost.device_ms, cost.host_ms) for cost in found)
+        ms = (cost.ms if exchange else cost.ms - cost.exchange_ms for cost in found)
         return sum(ms) / len(stages) / placement.share
 
     whole = [sum(table[s, kind].ms for kind in "FBW") for s in stages]

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from pipehc.config.schema import Config
 from pipehc.planning import parameters
 from pipehc.planning.dry_run.hardware import Hardware
+from pipehc.planning.dry_run.operations import Operation
 from pipehc.planning.dry_run.rank_run import RankRun
 from pipehc.planning.dry_run.roofline import Cost, collectives, cost
 from pipehc.planning.dry_run.summary import sum_of
-from pipehc.planning.dry_run.tables import Key, actions, phase
+from pipehc.planning.dry_run.tables import Key, NodeWork, actions, phase
 from pipehc.planning.parameters import Parameters
 from pipehc.planning.search.footprint import Footprint
 from pipehc.planning.search.layouts import changed
@@ -51,7 +52,7 @@ def places(config: Config) -> Places:
 
 
 def unit_config(config: Config, unit: Unit) -> Config:
-    """All stages on one rank, twice as many replicas as the experts need."""
+    """All stages on the ranks that share layers, twice as many replicas as the experts need."""
     mixed = places(config).dense is not None
     sizes = (1, 1, 1, 2, 1) if mixed else (1, 1, 2, 1)
     dense = 2 if mixed else sum(sizes) if not config.model.moe_blocks else 0
@@ -59,7 +60,7 @@ def unit_config(config: Config, unit: Unit) -> Config:
     return changed(
         config,
         model={"blocks": sum(sizes), "dense_blocks": dense},
-        parallel={"pp": 1, "tp": 1, "ep": unit.ep, "dp": dp, "blocks_per_stage": sizes},
+        parallel={"pp": 1, "ep": unit.ep, "dp": dp, "blocks_per_stage": sizes},
         schedule={"name": "interleaved", "chunks": len(sizes)},
         recompute={"enabled": unit.recompute, "block": unit.block},
         train={"micro_batch": unit.micro_batch, "global_batch": MICROBATCHES * unit.micro_batch * dp},
@@ -96,7 +97,7 @@ class Composer:
         self._places = places(unit.config)
         ep = unit.config.parallel.ep
         self._costs = {
-            key: sum_of([cost(node.work, hardware, ep) for node in nodes]) for key, nodes in actions(unit.run.launches).items()
+            key: sum_of([_cost_of(node, hardware, ep) for node in nodes]) for key, nodes in actions(unit.run.launches).items()
         }
 
     def __call__(self, config: Config) -> Composed:
@@ -112,7 +113,7 @@ class Composer:
             run.peaks["optimizer"].total - sum(run.persistent.values()),
             max(self._sums_ms(config, own) for own in held),
             max(self._optimizer_ms(config, own) for own in held),
-            run.groups,
+            run.groups + _shares_embedding(config),
         )
 
     @property
@@ -159,38 +160,65 @@ class Composer:
         like += [at.first] * first + [at.last] * last
         return Footprint(net, max(found(stage).over for stage in like))
 
-    def _per_parameter(self) -> tuple[int, int]:
+    def _per_parameter(self) -> tuple[int, float]:
         """Parameters of the unit's rank, and those that its optimizer holds."""
         config = self._unit.config
         counts = parameters.stages(config)
-        return sum(count.on_rank(config.parallel.ep) for count in counts), sum(c.total for c in counts) // _replicas(config)
+        return sum(_on_rank(count, config) for count in counts), sum(_owned(count, config) for count in counts)
 
     def _persistent(self, config: Config, own: Sequence[Parameters]) -> dict[str, float]:
         there, sharded = self._per_parameter()
-        whole = sum(count.on_rank(config.parallel.ep) for count in own) / there
-        share = sum(count.total for count in own) / _replicas(config) / sharded
+        whole = sum(_on_rank(count, config) for count in own) / there
+        share = sum(_owned(count, config) for count in own) / sharded
         scale = {"parameters": whole, "gradients": whole, "optimizer": share}
         return {name: scale.get(name, 1.0) * size for name, size in self._unit.run.persistent.items()}
 
     def _sums_ms(self, config: Config, own: Sequence[Parameters]) -> float:
         there = self._per_parameter()[0]
         replicas, ep = _replicas(config), config.parallel.ep
-        summed = sum(count.on_rank(ep) if replicas > ep else count.common for count in own)
+        summed = sum(_on_rank(count, config) if replicas > ep else count.common + count.cut for count in own)
         work: dict[Any, float] = {}
         for where, counts in self._unit.run.launches.items():
             if where.kind == "step" or where.stage >= 0:
                 for operation, n in counts.items():
+                    operation = _of_any_size(operation)
                     work[operation] = work.get(operation, 0.0) + n * summed / there
         return collectives(work, replicas, self._hardware.link(replicas))[1]
 
     def _optimizer_ms(self, config: Config, own: Sequence[Parameters]) -> float:
         """The weights of its share, and then the gathers of all that it holds."""
         (there, sharded), replicas = self._per_parameter(), _replicas(config)
-        share = sum(count.total for count in own) / replicas / sharded
-        whole = sum(count.on_rank(config.parallel.ep) for count in own) / there
+        share = sum(_owned(count, config) for count in own) / sharded
+        whole = sum(_on_rank(count, config) for count in own) / there
         work = phase(self._unit.run.launches, "optimizer")
-        weights, gathers = ({operation: n * scale for operation, n in work.items()} for scale in (share, whole))
+        weights, gathers = ({_of_any_size(operation): n * scale for operation, n in work.items()} for scale in (share, whole))
         return cost(weights, self._hardware, 1).device_ms + collectives(gathers, replicas, self._hardware.link(replicas))[1]
+
+
+def _cost_of(node: NodeWork, hardware: Hardware, experts: int) -> Cost:
+    """Whatever is on the queue of all-to-alls, as counts of tokens are, takes its time there: pairs hide it with them."""
+    found = cost(node.work, hardware, experts)
+    return found._replace(device_ms=0.0, host_ms=0.0, exchange_ms=found.ms) if node.queue == "communication" else found
+
+
+def _of_any_size(operation: Operation) -> Operation:
+    """Not of the unit's number of processes."""
+    return operation._replace(processes=0)
+
+
+def _on_rank(count: Parameters, config: Config) -> int:
+    return count.on_rank(config.parallel.tp, config.parallel.ep)
+
+
+def _owned(count: Parameters, config: Config) -> float:
+    """Of which a rank has the optimizer's state: what its group shares is sharded over its replicas alone."""
+    return (count.total + count.common * (config.parallel.tp - 1)) / _replicas(config)
+
+
+def _shares_embedding(config: Config) -> bool:
+    """Whether two ranks sum the gradients of the embedding in a group of their own: the unit, on one rank, has none."""
+    at, last = config.placement, config.stages - 1
+    return config.model.mtp_depth > 0 and at.lanes == 1 and at.rank(0, 0) != at.rank(0, last)
 
 
 def _replicas(config: Config) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 from emulation.device import Device, Event, Stream
 from emulation.memory import Memory
@@ -104,7 +106,7 @@ class Launches(TorchDispatchMode):
     def _launch(self, func: Any, args: Any, kwargs: Any, stream: Stream) -> Any:
         memory, leaves, tree = self.memory, *tree_flatten((args, kwargs))
         shapes, shape_tree, returned = self._shape(func, args, kwargs, leaves, tree)
-        outputs = [given if given is not None else memory.empty(*shape) for shape, given in zip(shapes, returned)]
+        outputs = [given if given is not None or shape is None else memory.empty(*shape) for shape, given in zip(shapes, returned)]
         if func in _NO_CONTENTS:
             return tree_unflatten(outputs, shape_tree)
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
@@ -130,10 +132,30 @@ class Launches(TorchDispatchMode):
             return True
 
         self.device.issue(stream, func.__name__, work)
-        self._written.update(_address(t) for t in returned if isinstance(t, torch.Tensor) and memory.block(t) is None)
+        # What an operation without results wrote to is among its arguments.
+        written = tensors if shapes == [None] else [t for t in returned if isinstance(t, torch.Tensor)]
+        self._written.update(_address(t) for t in written if memory.block(t) is None)
         if self._backward is not None:
             self._backward.made(memory, stream, [*outputs, *tensors] if _kinds[func].writes else outputs)
         return tree_unflatten(outputs, shape_tree)
+
+    def kernel(self, execute: Callable[..., Any], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A kernel of Triton's, which its interpreter executes; its arguments are tensors and numbers."""
+        backward, stream = self._backward, self.device.current
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        if backward is not None:
+            stream = backward.stream(self._streams, self._leaves)
+            backward.order(self.device, self.memory, stream, tensors)
+        alias = partial(pytree.tree_map_only, torch.Tensor, self.memory.alias)
+        later, named = alias(args), alias(kwargs)
+
+        def work() -> bool:
+            execute(executor, *later, **named)
+            return True
+
+        self.device.issue(stream, executor.fn.__name__, work)
+        if backward is not None:
+            backward.made(self.memory, stream, tensors)
 
     def _shape(self, func: Any, args: Any, kwargs: Any, leaves: list[Any], tree: Any) -> Any:
         """(size, stride, dtype) of every output, their tree, and those that are arguments written in place (else None)."""
@@ -258,7 +280,7 @@ def _hashable(x: Any) -> Any:
 
 @contextmanager
 def _patched(launches: Launches) -> Iterator[None]:
-    """Reads that torch does not dispatch, and the engine's calls."""
+    """Reads that torch does not dispatch, kernels of Triton's, and the engine's calls."""
     tensor = torch.Tensor
     saved = {(tensor, name): getattr(tensor, name) for name in ("tolist", "numpy")}
     saved |= {(torch.autograd, name): getattr(torch.autograd, name) for name in ("backward", "grad")}
@@ -277,10 +299,13 @@ def _patched(launches: Launches) -> Iterator[None]:
 
         return run
 
+    execute = GridExecutor.__call__
     try:
         for (owner, name), original in saved.items():
             setattr(owner, name, reading(original, name) if owner is tensor else engine(original))
+        GridExecutor.__call__ = lambda executor, *args, **kwargs: launches.kernel(execute, executor, args, kwargs)
         yield
     finally:
+        GridExecutor.__call__ = execute
         for (owner, name), original in saved.items():
             setattr(owner, name, original)

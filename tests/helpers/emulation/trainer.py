@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,32 +25,34 @@ class EmulatedTrainer(Trainer):
     def microbatch(self, split: Any, sampler: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         return micro_batch(self.config, first)
 
-    def mean_loss(self, losses: list[torch.Tensor], tokens_in_all: int, step: int) -> float:
-        """Whatever it is: what is wrong is compared, not refused."""
-        return float(torch.stack(losses).double().sum()) if losses else 0.0
-
     def compile(self, hosts_wait: bool) -> None:
         """The program for streams that share hardware queues, or for those that do not."""
         schedule = self.train_program.schedule
         self.train_program = compile(schedule, recompute=self.config.recompute.enabled, high=True, hosts_wait=hosts_wait)
 
-    def gradients(self, launches: Launches | None, skip: Skip = never) -> list[dict[str, Any]]:
-        """Loss and summed gradients of two steps from the present weights, on a device, or on the host (None)."""
+    def gradients(self, launches: Launches | None, skip: Skip = never, steps: Sequence[int] = (1, 2)) -> list[dict[str, Any]]:
+        """Loss, figures of the streams and gradients of some steps from the present weights, on a device, or on the host (None)."""
         if launches is None:
             self.queues = host_queues(self.device)
-            return [self._gradients(step) for step in (1, 2)]
+            return [self._gradients(step) for step in steps]
         self.queues, groups.current = make_queues(launches, skip), launches
         try:
             with launches.launching():
-                return [self._gradients(step) for step in (1, 2)]
+                return [self._gradients(step) for step in steps]
         finally:
             groups.current = None
 
     def _gradients(self, step: int) -> dict[str, Any]:
         self.optimizer.zero_grad()
-        loss = self._run(self.train_program, None, None, first=step * self.config.train.global_batch, step=step)  # type: ignore[arg-type]
+        streams, first = self._stream_figures(), step * self.config.train.global_batch
+        losses = self._execute(self.train_program, self._chains, None, None, first, streams.probes)  # type: ignore[arg-type]
+        loss = torch.stack(losses).double().sum(0) if losses else torch.zeros(())  # whatever it is: compared, not refused
+        for tensor in streams.tensors():
+            self.queues["compute"].hold(tensor)
+        streams.start(self.device)
         self.optimizer.reduce_gradients()
-        return {"loss": loss} | {name: gradient.clone() for name, gradient in self.optimizer.gradients().items()}
+        seen = dict(zip(("maps of the streams", "norms of the streams"), streams.sums()))
+        return {"loss": loss, **seen} | {name: gradient.clone() for name, gradient in self.optimizer.gradients().items()}
 
 
 def emulated(rank: int, world_size: int, port: int) -> None:

@@ -20,6 +20,7 @@ def text(schedule, *, recompute=True, forward=False, **changes):
     fields = dict(
         program=program, asked=schedule, origin="", message="no stage messages", recompute_block=None, overlap=True,
         trace_steps=None, trace_folder="traces", nvtx=False, timeout_s=600.0, watchdog_folder="watchdog",
+        diagnostics_interval=0, diagnostics_folder="figures",
     )  # fmt: skip
     return Setup(**(fields | changes)).text([])
 
@@ -35,6 +36,8 @@ def text(schedule, *, recompute=True, forward=False, **changes):
         (dict(schedule="1f1b", recompute=False), "", "recomputation"),
         (dict(schedule="1f1b", recompute_block=3), "recomputation in blocks of 3 sub-layers", ""),
         (dict(schedule="1f1b", trace_steps=(3, 4), nvtx=True), "traces of iterations 3 to 4 in traces/; profiler ranges", ""),
+        (dict(schedule="1f1b", diagnostics_interval=10), "figures of the streams every 10 iterations in figures/", ""),
+        (dict(schedule="1f1b"), "", "figures of the streams (diagnostics_interval)"),
         (dict(schedule="1f1b", timeout_s=30.0), "reports of waits over 30 s in watchdog/", ""),
         (dict(schedule="1f1b", origin="as given"), "1f1b (as given), 2 stages", ""),
         (dict(schedule="1f1b", forward=True, recompute=False), "evaluation under schedule 1f1b", "recomputation"),
@@ -93,7 +96,8 @@ def test_the_first_step_says_it_once_on_rank_0(tmp_path):
     assert training.startswith("pipehc: on; schedule dualpipe, 2 stages in two directions over 2 ranks, 4 micro-batches a step; ")
     assert "residual mhc, 4 streams; " in training
     assert "; stage messages 32 x 2 x 256 float32 over gloo, through host memory (transport = 'host'); " in training
-    assert f"traces of iterations 7 to 7 in {tmp_path}/" in training and training.endswith(". Off: profiler ranges (nvtx)")
+    assert f"traces of iterations 7 to 7 in {tmp_path}/" in training
+    assert training.endswith(". Off: figures of the streams (diagnostics_interval), profiler ranges (nvtx)")
     assert [path.name for path in tmp_path.iterdir()] == ["step-000007.json"]
 
 

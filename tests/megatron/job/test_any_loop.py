@@ -60,6 +60,15 @@ def test_a_loop_of_bridges_kind_gets_hyper_connections(kind):
     assert abs(own[0][0] - last(2, None, None, {"pp": 2}, {})[0][0][0]) > 1e-4
 
 
+@pytest.mark.slow
+def test_a_hybrid_model_in_a_loop_of_bridges_kind():
+    options = {"pattern": "+-|+E", "layers": 4}
+    own, _ = last(2, "megatron", "mhc", {"pp": 2}, options)
+    ours, printed = last(2, "1f1b", "mhc", {"pp": 2}, options)
+    assert "residual mhc, 4 streams" in printed
+    assert_same(ours, own)
+
+
 def refused(act):
     with pytest.raises((ValueError, RuntimeError)) as caught:
         act()

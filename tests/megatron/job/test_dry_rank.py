@@ -4,7 +4,7 @@ import os
 
 import pytest
 from processes import run_ranks
-from test_enable import JOB, PP2, SCRIPT, SHARDED, VPP2
+from test_enable import PP2, SCRIPT, SHARDED, TIED, VPP2, command_line
 
 MOE = """--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall
 --moe-router-load-balancing-type none --expert-model-parallel-size 2 """
@@ -29,7 +29,7 @@ def dry(arguments, device):
             return RerunDataIterator(iter(lambda: dict(there), None)), None, None
 
         dry_rank._zeros = on_device
-        given = (*JOB.split(), *arguments.split(), *UNCHECKED.split())
+        given = (*command_line(arguments), UNCHECKED)
         return dry_rank.run_rank(dry_rank.Request(str(SCRIPT), given, 0, 4, device=device, host=True))
 
     return run_ranks(fn, 1, init=False, timeout=240)[0]
@@ -71,7 +71,12 @@ def test_counts_are_those_of_real_tensors():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    ["--schedule dualpipe", "--schedule zbv --residual hc " + VPP2, "--schedule 1f1b --residual mhc --overlap-grad-reduce"],
+    [
+        "--schedule dualpipe",
+        "--schedule zbv --residual hc " + VPP2 + TIED,
+        "--schedule 1f1b --residual mhc --overlap-grad-reduce",
+        "--spec local_stack LOCAL_STACK --hybrid-layer-pattern *E*-|*E-E --schedule dualpipe --residual mhc " + MOE,
+    ],
 )
 def test_counts_are_those_of_real_tensors_elsewhere(arguments):
     same(PP2 + arguments)

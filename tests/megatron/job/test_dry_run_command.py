@@ -4,7 +4,7 @@ import json
 
 import megatron.training.training  # noqa: F401 (imported once, for all children)
 import pytest
-from test_enable import JOB, PP2, SCRIPT
+from test_enable import PP2, SCRIPT, command_line
 
 from pipehc.megatron.job.dry_run import main
 
@@ -16,7 +16,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def dry(arguments, *flags, script=SCRIPT):
-    return main(["--nproc-per-node", "2", *flags, str(script), *JOB.split(), *arguments.split()])
+    return main(["--nproc-per-node", "2", *flags, str(script), *command_line(arguments)])
 
 
 def test_it_prints_the_plan_and_leaves_nothing_behind(tmp_path, capfd):

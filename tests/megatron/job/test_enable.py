@@ -15,21 +15,27 @@ from processes import run_ranks
 SCRIPT = Path(__file__).parents[3] / "tools" / "pretrain_megatron.py"
 JOB = """
 --num-layers 8 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1
---lr 1e-3 --min-lr 1e-4 --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --untie-embeddings-and-output-weights
+--lr 1e-3 --min-lr 1e-4 --mock-data --tokenizer-type NullTokenizer --vocab-size 127
 --transformer-impl local --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --eval-interval 3
 --eval-iters 1 --log-interval 1 --distributed-backend gloo --use-cpu-initialization --no-masked-softmax-fusion
 --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
 --hidden-dropout 0 --attention-dropout 0 --ckpt-format torch_dist --train-iters 6 --global-batch-size 8 --num-workers 0
 """
 PP2, VPP2 = "--pipeline-model-parallel-size 2 ", "--num-virtual-stages-per-pipeline-rank 2 "
+TIED = "--tied "  # of this file: the job unties its embedding and output head unless it is there
 SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --dist-ckpt-optim-fully-reshardable --overlap-param-gather "
+
+
+def command_line(arguments):
+    tied = arguments.replace(TIED, "") if TIED in arguments else f"{arguments} --untie-embeddings-and-output-weights"
+    return [*JOB.split(), *tied.split()]
 
 
 def pretrain(rank, arguments):
     """What the script prints on this rank."""
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it with sequence parallelism
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  (saving starts a helper process)
-    sys.argv = [str(SCRIPT), *JOB.split(), *arguments.split()]
+    sys.argv = [str(SCRIPT), *command_line(arguments)]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
@@ -120,8 +126,7 @@ def halfway(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("schedule", ["dualpipev", "zbv", "interleaved"])
+@pytest.mark.parametrize(("schedule", "ranks"), [("dualpipev", 2), ("dualpipev", 4), ("zbv", 2), ("interleaved", 4)])
 def test_two_chunks_a_rank_go_on_where_the_plain_job_stopped(plain, halfway, schedule, ranks):
     """Their own weights would be drawn from other numbers."""
     arguments = f"--pipeline-model-parallel-size {ranks} {VPP2}--schedule {schedule} --load {halfway}"
@@ -146,15 +151,16 @@ def test_hyper_connections_in_the_job(arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["", SHARDED], ids=["plain", "sharded"])
-def test_checkpoints_go_both_ways(plain, tmp_path, options):
+@pytest.mark.parametrize("options", ["--mtp-num-layers 1 ", SHARDED + TIED], ids=["prediction", "sharded, tied"])
+def test_checkpoints_go_both_ways(tmp_path, options):
     """Written by the plain job, resumed under dualpipe (and dualpipev), and back, with the losses of the undisturbed job."""
+    plain = losses(2, PP2 + options.removeprefix(SHARDED))
     stop = f"{PP2}{options}--save-interval 3 --exit-interval 3 --save {tmp_path}/"
     losses(2, stop + "plain")
     assert_same(losses(2, f"{PP2}{options}--schedule dualpipe --load {tmp_path}/plain"), plain, first=3)
     losses(2, stop + "dual --schedule dualpipe")
     assert_same(losses(2, f"{PP2}{options}--load {tmp_path}/dual"), plain, first=3)
-    if options:
+    if TIED in options:
         vee = f"{PP2}{VPP2}{options}--schedule dualpipev "
         assert_same(losses(2, f"{vee}--load {tmp_path}/plain"), plain, first=3)
         at_four = f"--train-iters 6 --exit-interval 4 --save-interval 4 --save {tmp_path}/vee --load {tmp_path}/plain"

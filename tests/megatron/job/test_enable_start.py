@@ -35,6 +35,6 @@ def test_the_job_says_once_that_it_is_on():
 
 
 @pytest.mark.slow
-def test_a_hybrid_model_is_refused_before_it_is_built():
-    with pytest.raises(RuntimeError, match=r"--hybrid-layer-pattern \(hybrid_layer_pattern = '.*use a GPTModel"):
-        printed("--schedule dualpipe --hybrid-layer-pattern *-*-*-*-*-*-*-*- ")
+def test_a_mamba_model_is_refused_before_it_is_built():
+    with pytest.raises(RuntimeError, match=r"--hybrid-layer-pattern \(hybrid_layer_pattern = '.*has Mamba layers \(M\)"):
+        printed("--schedule dualpipe --hybrid-layer-pattern M-M-M-M-M-M-M-M- ")

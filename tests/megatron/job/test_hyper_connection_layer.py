@@ -156,3 +156,39 @@ def test_a_layer_computes_its_equations(kind, moe):
         return True
 
     assert run_ranks(compared, 1) == [True]
+
+
+def test_an_rms_norm_is_done_by_the_connection_unless_something_hooks_into_it():
+    def compared(rank):
+        from pipehc.megatron import hyper_connection_layer_spec
+
+        megatron_job.initialize()
+        config = standard_config(num_layers=3, normalization="RMSNorm", hidden_size=C, num_attention_heads=HEADS)
+        layer = build(hyper_connection_layer_spec(local(config), {"kind": "mhc", "alpha": 0.4}), config)
+        layer.expands = layer.contracts = False
+        norms, called = (layer.input_layernorm, layer.pre_mlp_layernorm), []
+        with torch.no_grad():
+            for norm in norms:
+                norm.weight.copy_(torch.linspace(0.5, 2, C))
+        x = torch.randn(S, B, N * C, generator=torch.Generator().manual_seed(9))
+        mask = torch.triu(torch.ones(1, 1, S, S, dtype=torch.bool), 1)
+
+        def run():
+            out, _ = layer(x, attention_mask=mask)
+            return out.detach(), *torch.autograd.grad(out.square().sum(), [norm.weight for norm in norms])
+
+        for norm in norms:
+            forward = norm.forward
+            norm.forward = lambda *args, forward=forward: called.append("norm") or forward(*args)
+        own = run()
+        assert not called
+        handles = [norm.register_forward_pre_hook(lambda *_: called.append("hook")) for norm in norms]
+        hooked = run()
+        assert called == ["hook", "norm"] * 2
+        for handle in handles:
+            handle.remove()
+        for found, expected in zip(own, hooked):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        return True
+
+    assert run_ranks(compared, 1) == [True]

@@ -16,7 +16,7 @@ DENSE = {
     "moe_router_enable_expert_bias": False,
 }  # fmt: skip
 STANDARD = {"multi_latent_attention": False}
-# axis -> value -> what it gives to the job: `options` of the model's configuration, `model_options` of GPTModel, others of Job
+# axis -> value -> what it gives to the job: `options` of the model's configuration, `model_options` of the model, others of Job
 AXES = {
     "schedule": {
         "dualpipe": {"schedule": "dualpipe", "pp": 2, "dp": 2},
@@ -66,14 +66,13 @@ AXES = {
     },
     "embeddings": {"untied": {}, "tied": {"model_options": {"share_embeddings_and_output_weights": True}}},
     "residual": {"plain": {}, "mhc": {"residual": "mhc"}},
+    "model": {"GPTModel": {}, "HybridModel": {"pattern": ""}},
 }  # fmt: skip
 
 
 def allowed(row):
-    linear = row.get("schedule") in (None, "1f1b", "zb_h1")
     return (
-        (row.get("embeddings") != "tied" or (linear and row.get("frozen") != "layers"))
-        and not (row.get("ffn") == "experts on two ranks" and row.get("schedule") == "dualpipe, no data parallelism")
+        not (row.get("ffn") == "experts on two ranks" and row.get("schedule") == "dualpipe, no data parallelism")
         and not (row.get("ffn") == "experts" and row.get("biases") == "all")  # Megatron's fail without expert parallelism
         and not (row.get("frozen") in ("biases", "weights beside biases") and row.get("biases") == "none")
     )
@@ -87,6 +86,12 @@ def job_of(row):
     for axis, value in row.items():
         for name, given in AXES[axis][value].items():
             arguments[name] = arguments[name] | given if isinstance(given, dict) else given
+    if "pattern" in arguments:  # the same layers, each cut in two
+        attention = "+" if arguments["options"].get("multi_latent_attention", True) else "*"
+        ffn = "E" if "experts" in row["ffn"] else "-"
+        layers = f"{attention}-{f'{attention}{ffn}' * 3}"
+        stages = arguments["pp"] * arguments.get("vpp", 1)
+        arguments["pattern"] = "|".join(layers[i : i + 8 // stages] for i in range(0, 8, 8 // stages))
     data_parallel = arguments.pop("dp", 1)
     return arguments["pp"] * arguments.get("tp", 1) * data_parallel, arguments
 
@@ -139,6 +144,8 @@ def check(processes, arguments):
     """Against Megatron's own schedule without a pipeline."""
     shared = ("layers", "residual", "frozen", "tp", "ep", "options", "model_options")
     plain = {name: arguments[name] for name in shared if name in arguments}
+    if "pattern" in arguments:
+        plain["pattern"] = arguments["pattern"].replace("|", "")
     reference = run_ranks(train, plain.get("tp", 1) * plain.get("ep", 1), plain, timeout=240)
     expected = {name: gradient for _, gradients in reference for name, gradient in gradients.items()}
     scale = sum(float((gradient**2).sum()) for gradient in expected.values()) ** 0.5

@@ -9,13 +9,17 @@ from types import SimpleNamespace
 import megatron.training.training
 import pytest
 import torch
+from hybrid_model import hybrid_provider
 from megatron_job import MICRO_BATCH, SEQUENCE, Job, forward_step, initialize, model_config, provider
 from processes import run_ranks
 
 from pipehc.megatron import build_model_chunks, enable, forward_backward_func, hyper_connection_layer_spec, wrap_model_chunks
 from pipehc.megatron.job.flags import flag_of
 from pipehc.megatron.job.refusals import OPTIONS, refuse_options
-from pipehc.schedules import Costs, build
+from pipehc.megatron.job.support import JOB
+from pipehc.megatron.job.tied import refuse_tied
+from pipehc.schedules import Costs, Placement, build
+from pipehc.schedules.placement import bidirectional, linear, vee
 
 OURS = dict(
     recompute=True, recompute_block=2, overlap=False, timeout_s=600.0, trace_steps=(1, 2), trace_folder="here", nvtx=True,
@@ -26,8 +30,8 @@ ARGUMENTS = [
     (dict(schedule="there/is/none.csv"), "none.csv': there is no such file"),
     (dict(schedule="dualpipe", costs=1), "costs = 1: only with schedule = 'auto'"),
     (dict(schedule="zigzag", speed=3), r"schedule = 'zigzag': must be megatron"),
-    (dict(schedule="auto", speed=3), "speed = 3: unknown; schedule = 'auto' takes recompute, .*, nvtx, costs, .*, seed$"),
-    (dict(schedule="dualpipe", speed=3), "speed = 3: unknown; schedule = 'dualpipe' takes recompute, .*, nvtx$"),
+    (dict(schedule="auto", speed=3), "speed = 3: unknown; schedule = 'auto' takes recompute, .*, gain_bound, costs, .*, seed$"),
+    (dict(schedule="dualpipe", speed=3), "speed = 3: unknown; schedule = 'dualpipe' takes recompute, .*, nvtx, .*, gain_bound$"),
     (dict(schedule=build("1f1b", 2, 4), seed=3), r"seed = 3: only with .*'auto'; schedule = a Schedule \(1f1b\) takes recompute"),
     (dict(schedule="auto", placement="ring"), "placement = 'ring': must be one of linear, v, bidirectional"),
     (dict(schedule="megatron", seed=1, residual="mhc"), "seed = 1: only with schedule = 'auto'; .*'megatron' takes no options"),
@@ -59,7 +63,7 @@ ARGUMENTS = [
     (dict(recompute_block=0), "recompute_block = 0: must be at least 1"),
     (dict(timeout_s=0), "timeout_s = 0: must be more than 0"),
     (dict(residual="xhc"), "residual.kind = 'xhc'"),
-    (dict(residual={"kind": "mhc", "streams": 9}), "residual.streams = 9"),
+    (dict(residual={"kind": "mhc", "streams": 17}), "residual.streams = 17"),
     (dict(residual={"kind": "mhc", "stream": 4}), "residual.stream = 4"),
     (dict(residual={"kind": "mhc", "static": True}), "static = True with residual.kind = 'mhc'"),
 ]
@@ -94,8 +98,15 @@ def test_enabling_twice_and_taking_it_back():
     enable("1f1b").disable()
 
 
+def test_a_shared_weight_whose_copies_nobody_would_sum():
+    for placement in (linear(2), bidirectional(2), vee(2)):
+        refuse_tied(placement)
+    with pytest.raises(ValueError, match=r"mtp_num_layers > 0: not .* first stages are on ranks \{1\} and last ones on \{0\}; use"):
+        refuse_tied(Placement(((1, 0),)))
+
+
 BROKEN = {
-    "mtp_num_layers": 1, "cuda_graph_impl": "local", "enable_cuda_graph": True, "external_cuda_graph": True, "cpu_offloading": True,
+    "cuda_graph_impl": "local", "enable_cuda_graph": True, "external_cuda_graph": True, "cpu_offloading": True,
     "fine_grained_activation_offloading": True, "recompute_granularity": "full", "overlap_moe_expert_parallel_comm": True,
     "delay_wgrad_compute": True, "defer_embedding_wgrad_compute": True, "variable_seq_lengths": True, "enable_autocast": True,
     "fp8": "hybrid", "fp4": "e2m1", "fp32_residual_connection": True, "num_microbatches_with_partial_activation_checkpoints": 2,
@@ -130,15 +141,15 @@ def assert_flags_exist(message):
     assert set(re.findall(r"--[a-z][\w-]*(?<!-)(?![\w-])", message)) <= known_flags(), message
 
 
-JOB = dict(
-    virtual_pipeline_model_parallel_size=None, num_layers=8, save=None, load=None, ckpt_format="torch_dist", no_save_optim=False,
-    use_distributed_optimizer=False, data_parallel_size=1, global_batch_size=16, micro_batch_size=2, rerun_mode="disabled",
-    untie_embeddings_and_output_weights=True,
-)  # fmt: skip
 SAVING = dict(save="somewhere", use_distributed_optimizer=True)
 JOBS = [
-    ("dualpipe", dict(hybrid_layer_pattern="M*M*"), r"^ValueError: --hybrid-layer-pattern \(hybrid.*use a GPTModel: HybridModel"),
-    ("megatron", dict(hybrid_override_pattern="M*M*"), r"--hybrid-override-pattern \(hybrid.*use a GPTModel: HybridModel"),
+    ("dualpipe", dict(hybrid_layer_pattern="M*|M*"), r"^ValueError: --hybrid-layer-pattern \(hybrid.*has Mamba layers \(M\): "),
+    ("megatron", dict(hybrid_layer_pattern="+-|D-"), r"--hybrid-layer-pattern \(hybrid.*DeepSeek's sparse attention \(D\)"),
+    ("dualpipe", dict(hybrid_layer_pattern="*-|*E/*E"), r"'\*-\|\*E/\*E'\): has layers of multi-token .*leave out what"),
+    ("1f1b", dict(hybrid_layer_pattern="*-|*-", mtp_num_layers=1), r"mtp_num_layers = 1\): not supported in a HybridModel; leave"),
+    ("dualpipe", dict(hybrid_layer_pattern="*-|*-|*-|*-"), "has 4 pipeline segments, the schedule 2 stages .* with 1 '|'"),
+    ("dualpipev", dict(hybrid_layer_pattern="*-*-*-*-"), "has 1 pipeline segments, the schedule 4 stages .* with 3 '|'"),
+    ("1f1b", dict(hybrid_layer_pattern="*-*-|"), r"has a segment without layers, every stage needs one; move '\|'"),
     ("dualpipe", dict(virtual_pipeline_model_parallel_size=2), r"parallel_size = 2\): a bidirectional placement"),
     ("dualpipev", {}, "a v placement needs 2; set --num-virtual-stages-per-pipeline-rank 2"),
     ("interleaved", dict(virtual_pipeline_model_parallel_size=None), "a looped placement needs 2"),
@@ -151,8 +162,6 @@ JOBS = [
     ("dualpipe", dict(rerun_mode="report_stats"), "rerun_mode = 'report_stats'"),
     ("1f1b", dict(sft=True), "sft = True"),
     ("dualpipe", dict(num_distributed_optimizer_instances=2), "num_distributed_optimizer_instances = 2"),
-    ("dualpipe", dict(untie_embeddings_and_output_weights=False), "set --untie-embeddings-and-output-weights"),
-    ("dualpipe", dict(mtp_num_layers=1), "mtp_num_layers = 1"),
     ("dualpipe", dict(save="somewhere", ckpt_format="torch"), r"ckpt_format = 'torch'\): goes by pipeline ranks"),
     ("dualpipe", dict(qk_clip=True), "qk_clip = True"),
     ("dualpipe", dict(logits_save_dir="somewhere"), "logits_save_dir = 'somewhere'"),
@@ -210,10 +219,6 @@ class Other(torch.nn.Module):
     """No GPT model."""
 
 
-class HybridModel(torch.nn.Module):
-    decoder = None
-
-
 def build_wrongly(rank):
     said = []
 
@@ -227,8 +232,12 @@ def build_wrongly(rank):
     initialize(pp=2)
     good = provider(model_config(pp=2))
     refused(lambda: build_model_chunks(lambda pre_process, post_process, vp_stage: Other(), "dualpipe"))
-    refused(lambda: build_model_chunks(lambda pre_process, post_process, vp_stage: HybridModel(), "dualpipe"))
-    refused(lambda: build_model_chunks(provider(model_config(pp=2), share_embeddings_and_output_weights=True), "dualpipe"))
+    refused(lambda: build_model_chunks(hybrid_provider(model_config(pp=2, layers=4), "+MM-"), "dualpipe"))
+    refused(lambda: build_model_chunks(hybrid_provider(model_config(pp=2, layers=4), "+-|+-|+-"), "dualpipe"))
+    refused(lambda: build_model_chunks(hybrid_provider(model_config(pp=2, layers=8), "+-|+E"), "megatron", residual="mhc"))
+    refused(lambda: build_model_chunks(hybrid_provider(model_config(pp=2, layers=4), "+-|G-"), "1f1b", residual="mhc"))
+    early = model_config(pp=2, mtp_num_layers=1, pipeline_model_parallel_layout="Ettttttttm|L")
+    refused(lambda: build_model_chunks(provider(early), "dualpipe"))
     refused(lambda: build_model_chunks(provider(model_config(pp=2, fp32_residual_connection=True)), "1f1b", residual="mhc"))
     selective = model_config(pp=2, recompute_granularity="selective", recompute_modules=["layernorm"])
     refused(lambda: build_model_chunks(provider(selective), "megatron", residual="mhc"))
@@ -252,9 +261,12 @@ def build_wrongly(rank):
 
 def test_models_and_calls_are_refused_on_every_rank():
     expected = [
-        "Other: has no TransformerBlock as its decoder; use GPTModel",
-        "HybridModel: .*; use GPTModel: HybridModel has attention and FFN in layers of their own",
-        "share_embeddings_and_output_weights = True: not supported over a bidirectional placement",
+        "Other: has no TransformerBlock or HybridStack as its decoder; use GPTModel or HybridModel",
+        r"--hybrid-layer-pattern \(hybrid_layer_pattern = '\+MM-'\): has Mamba layers \(M\)",
+        r"--hybrid-layer-pattern \(.*has 3 pipeline segments, the schedule 2 stages over 2 ranks; cut the pattern with 1 '\|'",
+        r"--num-layers \(num_layers = 8\): hybrid_layer_pattern = '\+-\|\+E' has 4; set num_layers = 4",
+        "hybrid_stack_spec: gdn_layer is .*IdentityOp.*; must be of megatron.core's TransformerLayer",
+        r"the layout \(.*\): has multi-token prediction \(m\) on another stage than the last",
         r"--fp32-residual-connection \(fp32_residual_connection = True\): not supported",
         r"--recompute-modules \(recompute_modules\) contains 'layernorm': not supported by hyper-connection layers; drop it",
         r"rank 1: stage 1: has no transformer layers, every stage needs one; change the layout \(--num-layers",

@@ -49,9 +49,7 @@ def test_gradients_are_checked_once_a_step_after_all_sums_have_begun():
     def step(rank):
         from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
-        job = Job(
-            "1f1b", layers=2, residual="mhc", overlap_grad_reduce=True, distributed_optimizer=True, bucket_size=20000
-        )
+        job = Job("1f1b", layers=2, residual="mhc", overlap_grad_reduce=True, distributed_optimizer=True, bucket_size=20000)
         events = []
         for name in ("start_grad_sync", "check_grads"):
             original = getattr(Group, name)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from plain_model import PlainModel
 from processes import run_ranks
 from tiny_model import cut, micro_batch, tiny_config
-from torch.nn.functional import cross_entropy, embedding, linear, silu
 
 from pipehc.config.schema import Config
 from pipehc.megatron import cpu
@@ -86,9 +86,10 @@ def test_untrained_model_guesses(kind, precision):
     assert {dtype for name, dtype in dtypes.items() if "connection" in name} <= {torch.float32}
 
 
+@pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameter_count_is_the_planned_one(kind):
-    config = tiny_config(f"residual.kind={kind}")
+def test_parameter_count_is_the_planned_one(kind, depth):
+    config = tiny_config(f"residual.kind={kind}", f"model.mtp_depth={depth}")
     assert run_ranks(lambda rank: sum(p.numel() for p in whole(config).parameters()), 1) == [parameters.total(config)]
 
 
@@ -102,63 +103,10 @@ def test_forward_equals_plain_pytorch():
         tokens, labels = micro_batch(config, 0)
         weights = {name: p.detach().double() for name, p in parameter_names(stage).items()}
         buffers = {name: b.double() for name, b in buffer_names(stage).items()}
-        return stage(None, tokens, labels).item(), reference_loss(config, weights | buffers, tokens, labels).item()
+        return stage(None, tokens, labels).item(), PlainModel(config, weights | buffers).loss(tokens, labels).item()
 
     [(loss, reference)] = run_ranks(losses, 1)
     assert loss == pytest.approx(reference, rel=1e-5)
-
-
-def reference_loss(config: Config, w: dict[str, torch.Tensor], tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The plain residual model, one sequence position after the other where that is clearer; fp64."""
-    m = config.model
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + m.norm_eps).rsqrt() * w[name]
-
-    def swiglu(x: torch.Tensor, name: str) -> torch.Tensor:
-        gate, up = linear(x, w[f"{name}.linear_fc1.weight"]).chunk(2, -1)
-        return linear(silu(gate) * up, w[f"{name}.linear_fc2.weight"])
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        """[b, s, heads, rope_dim]: pairs of neighbours as complex numbers, turned by position."""
-        turns = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * m.rope_theta ** (
-            -torch.arange(0, m.rope_dim, 2, dtype=torch.float64) / m.rope_dim
-        )
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * torch.polar(torch.ones_like(turns), turns)[None, :, None]).flatten(-2)
-
-    def attention(x: torch.Tensor, name: str) -> torch.Tensor:
-        q = linear(x, w[f"{name}.linear_q_proj.weight"]).unflatten(-1, (m.heads, m.head_dim + m.rope_dim))
-        latent, k_rope = linear(x, w[f"{name}.linear_kv_down_proj.weight"]).split([m.kv_rank, m.rope_dim], -1)
-        kv = linear(norm(latent, f"{name}.kv_layernorm.weight"), w[f"{name}.linear_kv_up_proj.weight"])
-        k, v = kv.unflatten(-1, (m.heads, 2 * m.head_dim)).split(m.head_dim, -1)
-        q = torch.cat([q[..., : m.head_dim], rotate(q[..., m.head_dim :])], -1)
-        k = torch.cat([k, rotate(k_rope[:, :, None]).expand(-1, -1, m.heads, -1)], -1)
-        scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(m.head_dim + m.rope_dim)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        return linear(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(-2), w[f"{name}.linear_proj.weight"])
-
-    def experts(x: torch.Tensor, name: str) -> torch.Tensor:
-        out = swiglu(x, f"{name}.shared_experts")
-        scores = linear(x, w[f"{name}.router.weight"]).sigmoid()
-        chosen = (scores + w[f"{name}.router.expert_bias"]).topk(m.experts_active, -1).indices
-        share = scores.gather(-1, chosen)
-        share = share / share.sum(-1, keepdim=True)
-        for b in range(x.shape[0]):
-            for s in range(x.shape[1]):
-                for k in range(m.experts_active):
-                    out[b, s] += share[b, s, k] * swiglu(x[b, s], f"{name}.experts.{int(chosen[b, s, k])}")
-        return out
-
-    x = embedding(tokens, w["embedding.word_embeddings.weight"])
-    for block in range(m.blocks):
-        name = f"decoder.layers.{block}"
-        x = x + attention(norm(x, f"{name}.input_layernorm.weight"), f"{name}.self_attention")
-        ffn = swiglu if block < m.dense_blocks else experts
-        x = x + ffn(norm(x, f"{name}.pre_mlp_layernorm.weight"), f"{name}.mlp")
-    logits = linear(norm(x, "decoder.final_layernorm.weight"), w["output_layer.weight"])
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,7 @@
 
 import torch
 
-from pipehc.model.norm import rms_norm
+from pipehc.kernels.rms_norm import rms_norm
 
 
 def inputs(*shape, dtype=torch.float64):
