@@ -240,8 +240,10 @@ def _around(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callab
     return call
 
 
-def _without_residual(original: Callable[..., None], enabled: Any, function: Any, residual: Any, from_plain: bool) -> None:
-    original(enabled, function, None, False)
+def _without_residual(
+    original: Callable[..., None], enabled: Any, function: Any, residual: Any, from_plain: bool, allow_changes: bool
+) -> None:
+    original(enabled, function, None, False, allow_changes)
 
 
 def _gradient_buffers(chunk: Any) -> list[Any]:
