@@ -1,8 +1,9 @@
 """Repairs of Triton's interpreter (3.5 to 3.9), so that bf16 gives there what it gives on a GPU.
 
 As shipped, `tl.dot` multiplies the 16-bit patterns of bf16 operands as if they were integers, and conversion of fp32 to bf16
-truncates where the hardware rounds to nearest even. And up to Triton 3.6 no number can bound a loop under NumPy 2.5, which no
-longer takes an array of one element for a number.
+truncates where the hardware rounds to nearest even. Up to Triton 3.6 no number can bound a loop under NumPy 2.5, which no
+longer takes an array of one element for a number. And every call of a device function puts the interpreter's functions in the
+place of the language's once more, which takes half of a kernel's time.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ def fp32_to_bf16(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def repair() -> None:
-    """Replace the interpreter's product, its conversions between fp32 and bf16, and that of a tensor to a number in Python. Calling
-    it again changes nothing."""
+    """Replace the interpreter's product, its conversions between fp32 and bf16, and that of a tensor to a number in Python, and let
+    it replace the language once a launch. Calling it again changes nothing."""
     if getattr(InterpreterBuilder.create_dot, "repaired", False):
         return
     shipped_cast, shipped_convert = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
-    shipped_patch = interpreter._patch_lang_tensor
+    shipped_patch, shipped_patch_all, shipped_launch = (
+        interpreter._patch_lang_tensor, interpreter._patch_lang, interpreter.GridExecutor.__call__,
+    )  # fmt: skip
+    patched: set[frozenset[str]] = set()  # in this launch, by the names of the modules that a function sees
 
     def value(handle: Any) -> NDArray[Any]:
         return bf16_to_fp32(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
@@ -63,8 +67,24 @@ def repair() -> None:
         shipped_patch(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
+    def patch_all(function: Any) -> Any:
+        seen = frozenset(each.__name__ for each in function.__globals__.values() if each is tl or each is tl.core)
+        if seen in patched:
+            return None
+        patched.add(seen)
+        return shipped_patch_all(function)
+
+    def launch(self: Any, *arguments: Any, **named: Any) -> None:
+        patched.clear()
+        try:
+            shipped_launch(self, *arguments, **named)
+        finally:
+            patched.clear()  # the launch has put the language back
+
     create_dot.repaired = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter._patch_lang = patch_all
+    interpreter.GridExecutor.__call__ = launch
