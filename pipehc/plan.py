@@ -148,7 +148,10 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
-    from pipehc.dry_run import costs_for_search, dry_runs, plain
+    from pipehc.megatron import cpu
+
+    with cpu.uncompiled():
+        from pipehc.dry_run import costs_for_search, dry_runs, plain
 
     if args.costs is not None:
         if config.schedule.name == "auto":

@@ -35,6 +35,7 @@ from pipehc.config.loading import add_config_arguments, check_data, check_world_
 from pipehc.config.schema import Config
 from pipehc.config.strict_yaml import ConfigError
 from pipehc.data.batches import Sampler, Splits, open_splits
+from pipehc.megatron import cpu
 from pipehc.planning import parameters
 from pipehc.planning.activations import as_metrics, describe
 from pipehc.resume import Start, choose, load, make_room
@@ -127,8 +128,9 @@ def own_gpu(config: Config, environment: Mapping[str, str], gpus: int) -> int:
 def train(config: Config, progress: Progress) -> None:
     """The training loop of one process."""
     # Megatron takes seconds to import: a wrong configuration should not have to wait for it.
-    from pipehc.megatron.trainer.capabilities import capabilities, described
-    from pipehc.trainer import Trainer, TrainingError
+    with cpu.uncompiled():
+        from pipehc.megatron.trainer.capabilities import capabilities, described
+        from pipehc.trainer import Trainer, TrainingError
     from pipehc.watch.markers import Markers
 
     launcher = _launcher()

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 
+import preloaded  # noqa: F401
 import pytest
 from processes import run_ranks
 from tiny_model import tiny_config

@@ -5,7 +5,8 @@ The tests fail without any one of the patches.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ def install() -> None:
     _patch_splits()
     # Megatron compiles small functions (the router's token count); that costs seconds a process here and wants a C++ compiler.
     torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Megatron imported inside, on a machine without CUDA, keeps its small functions as they are written. `torch.compile`, called
+    for each of them, loads a compiler for seconds of processor time, which `install` then switches off."""
+    if torch.cuda.is_available():
+        yield
+        return
+    compile = torch.compile
+    torch.compile = lambda model=None, **_: (lambda function: function) if model is None else model  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile
 
 
 def _patch_device() -> None:

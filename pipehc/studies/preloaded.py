@@ -9,11 +9,14 @@ from pipehc.comm.parent import end_with_parent
 end_with_parent()  # it would notice by itself, but only after these imports
 quiet_libraries()
 
-import pipehc.dry_run
-import pipehc.megatron.trainer.capabilities
-import pipehc.resume
-import pipehc.trainer
+from pipehc.megatron.cpu import uncompiled
 
-# The commands, and what Megatron's optimizers import late.
-for _name in ("pipehc.train", "pipehc.plan", "megatron.core.models.mimo.optimizer"):
-    import_module(_name)
+with uncompiled():
+    import pipehc.dry_run
+    import pipehc.megatron.trainer.capabilities
+    import pipehc.resume
+    import pipehc.trainer
+
+    # The commands, and what Megatron's optimizers import late.
+    for _name in ("pipehc.train", "pipehc.plan", "megatron.core.models.mimo.optimizer"):
+        import_module(_name)

@@ -6,6 +6,7 @@ use a GPU belong in the children.
 """
 
 import faulthandler
+import gc
 import os
 import pickle
 import random
@@ -71,6 +72,7 @@ def _run_child(
     faulthandler.enable(file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which kills us
     torch.set_num_threads(1)
+    gc.freeze()  # a collection would look at all that the parent imported, and copy every page of it
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

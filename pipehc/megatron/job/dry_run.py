@@ -45,7 +45,10 @@ def _run(args: argparse.Namespace) -> int:
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
-    from pipehc.megatron.job.dry_job import ScriptError, costs, dry_runs
+    from pipehc.megatron import cpu
+
+    with cpu.uncompiled():
+        from pipehc.megatron.job.dry_job import ScriptError, costs, dry_runs
 
     try:
         if args.costs is not None:

@@ -9,6 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import preloaded_pretrain  # noqa: F401
 import pytest
 from processes import run_ranks
 
