@@ -5,15 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import preloaded  # noqa: F401
 import psutil
 import pytest
 import yaml
+from processes import run_ranks
 
 from pipehc.config.loading import ConfigError, load_config
-from pipehc.train import may_come_of_empty_tokens, own_gpu
+from pipehc.train import main, may_come_of_empty_tokens, own_gpu
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -65,6 +68,24 @@ def train(*args, timeout=180, **kwargs):
     return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=ENVIRONMENT)
 
 
+def train_here(*arguments, processes=1):
+    """The same without torchrun, by children that need not import anything."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+
+        def rank(_):
+            for number, path in ((1, out), (2, err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+            code = main(["--config", *map(str, arguments)])
+            sys.stdout.flush()
+            sys.stderr.flush()
+            return code
+
+        (code,) = set(run_ranks(rank, processes, init=False, timeout=180))
+        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+
+
 def our_part(errors):
     """What the processes wrote before torchrun's own report of their end."""
     return errors.split("torch/distributed/elastic/")[0]
@@ -93,8 +114,8 @@ def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
     assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["train"]["steps"] == 6
 
     part = tmp_path / "part"
-    assert train(config, f"run.folder={part}", "train.steps=4", "optimizer.decay=[]").returncode == 0
-    resumed = train(config, f"run.folder={part}", "runtime.transport=host")
+    assert train_here(config, f"run.folder={part}", "train.steps=4", "optimizer.decay=[]", processes=2).returncode == 0
+    resumed = train_here(config, f"run.folder={part}", "runtime.transport=host", processes=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "going on after step 4" in resumed.stdout
     assert losses(part) == losses(tmp_path / "whole")
@@ -107,7 +128,7 @@ def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
     checkpoint = next(path for path in (tmp_path / "whole" / "checkpoints").iterdir() if path.name.endswith("4"))
     for processes, overrides in ((2, ["schedule.name=1f1b"]), (1, ["schedule.name=1f1b", "parallel.pp=1"])):
         folder = tmp_path / f"over-{processes}"
-        other = train(config, f"run.folder={folder}", f"checkpoint.resume={checkpoint}", *overrides, processes=processes)
+        other = train_here(config, f"run.folder={folder}", f"checkpoint.resume={checkpoint}", *overrides, processes=processes)
         assert other.returncode == 0, other.stderr[-3000:]
         assert losses(folder) == pytest.approx({step: losses(tmp_path / "whole")[step] for step in (5, 6)}, rel=1e-5)
 
@@ -138,11 +159,11 @@ def test_a_killed_rank_ends_the_job_and_it_resumes(write, tmp_path, victim):
     # A checkpoint that lost a file is skipped with a warning.
     newest = max((folder / "checkpoints").glob("step-*"))
     next(newest.glob("*.distcp")).unlink()
-    again = train(config, "train.steps=14", "checkpoint.keep=3")
+    again = train_here(config, "train.steps=14", "checkpoint.keep=3", processes=2)
     assert again.returncode == 0, again.stderr[-3000:]
     assert newest.name in again.stdout + again.stderr
     first = metrics(folder)
-    undisturbed = train(config, "train.steps=14", f"run.folder={tmp_path / 'undisturbed'}")
+    undisturbed = train_here(config, "train.steps=14", f"run.folder={tmp_path / 'undisturbed'}", processes=2)
     assert undisturbed.returncode == 0
     assert {line["step"]: line["loss"] for line in first if "loss" in line} == losses(tmp_path / "undisturbed")
 
@@ -152,16 +173,16 @@ def test_a_new_start_sets_aside_what_lies_there(write, tmp_path):
     alone = ["schedule.name=1f1b", "parallel.pp=1", "train.steps=2", "optimizer.decay=[]"]
     folder = tmp_path / "run"
     config = write()
-    assert train(config, *alone, processes=1).returncode == 0
+    assert train_here(config, *alone).returncode == 0
     first = (folder / "metrics.jsonl").read_text()
-    assert train(config, *alone, "train.seed=5", "checkpoint.resume=never", processes=1).returncode == 0
+    assert train_here(config, *alone, "train.seed=5", "checkpoint.resume=never").returncode == 0
     assert (folder / "metrics-1.jsonl").read_text() == first
     assert [path.name for path in (folder / "checkpoints-1").iterdir()] == ["step-00000002"]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
 
     # The checkpoints that lie here now are not those of a run that starts from somewhere else either.
     start = f"checkpoint.resume={folder / 'checkpoints-1' / 'step-00000002'}"
-    result = train(config, *alone, "train.steps=4", start, processes=1)
+    result = train_here(config, *alone, "train.steps=4", start)
     assert result.returncode == 0 and "going on after step 2 of 4" in result.stdout
     assert (folder / "checkpoints-2" / "step-00000002").is_dir() and (folder / "metrics-2.jsonl").exists()
     assert list(losses(folder)) == [3, 4]
@@ -172,22 +193,22 @@ def test_weights_alone_start_a_training_of_their_own(write, tmp_path):
     """The first evaluation is the last of the other run, whatever the optimizer, the order and the length of samples will be."""
     alone = ["schedule.name=1f1b", "parallel.pp=1", "train.steps=2", "evaluation.interval=2"]
     config = write()
-    assert train(config, *alone, processes=1).returncode == 0
+    assert train_here(config, *alone).returncode == 0
     before = {line["step"]: line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line}
     weights = f"checkpoint.weights={tmp_path / 'run' / 'checkpoints' / 'step-00000002'}"
     new = tmp_path / "new"
     start = [*alone, f"run.folder={new}", weights, "train.seed=5", "optimizer.lr=1e-4"]
-    result = train(config, *start, processes=1)
+    result = train_here(config, *start)
     assert result.returncode == 0 and "starting with the weights of" in result.stdout, result.stderr
     after = {line["step"]: line["val_loss"] for line in metrics(new) if "val_loss" in line}
     assert after[0] == before[2] != before[0] and list(losses(new)) == [1, 2]
-    result = train(config, *start, "train.steps=3", processes=1)  # goes on with its own
+    result = train_here(config, *start, "train.steps=3")  # goes on with its own
     assert result.returncode == 0 and "going on after step 2 of 3" in result.stdout and list(losses(new)) == [1, 2, 3]
     longer = [*alone, f"run.folder={tmp_path / 'longer'}", "train.sequence_length=32"]
-    result = train(config, *longer, weights.replace("checkpoint.weights", "checkpoint.resume"), processes=1)
+    result = train_here(config, *longer, weights.replace("checkpoint.weights", "checkpoint.resume"))
     assert result.returncode == 2 and "train.sequence_length: 16 in the checkpoint, now 32" in result.stderr, result.stderr
     assert "checkpoint.weights=" in result.stderr
-    assert train(config, *longer, weights, processes=1).returncode == 0
+    assert train_here(config, *longer, weights).returncode == 0
 
 
 @pytest.mark.slow
@@ -195,7 +216,7 @@ def test_torchrun_restarts_a_run_where_it_stood(write, tmp_path):
     """...not where it had started from."""
     alone = ["schedule.name=1f1b", "parallel.pp=1", "evaluation.interval=0", "optimizer.decay=[]"]
     config, folder = write(), tmp_path / "again"
-    assert train(config, *alone, "train.steps=2", processes=1).returncode == 0
+    assert train_here(config, *alone, "train.steps=2").returncode == 0
     start = f"checkpoint.resume={tmp_path / 'run' / 'checkpoints' / 'step-00000002'}"
     launch = command(config, *alone, start, f"run.folder={folder}", "train.steps=60")
     launch[3:5] = ["--standalone", "--nproc-per-node=1", "--max-restarts=1"]

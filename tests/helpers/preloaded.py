@@ -1,6 +1,7 @@
 """What the children of `processes.run_ranks` use of Megatron and of ours, imported once: each would spend a second on it."""
 
 # ruff: noqa: F401
+from functools import partial
 from importlib import import_module
 
 import megatron.core.models.gpt.gpt_layer_specs
@@ -9,6 +10,7 @@ import megatron.core.optimizer
 import megatron.core.optimizer_param_scheduler
 import megatron.core.pipeline_parallel.schedules
 import megatron_attention
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 import pipehc.megatron.job.cpu_job
 import pipehc.megatron.job.feedback
@@ -23,3 +25,6 @@ import pipehc.megatron.job.wide
 import pipehc.trainer
 
 import_module("megatron.core.models.mimo.optimizer")  # as its optimizers do
+
+# Saving starts a process, which would import all that its parent has.
+filesystem_async.get_write_results_queue = partial(filesystem_async.get_write_results_queue, "fork")

@@ -4,6 +4,7 @@ import argparse
 from functools import cache
 
 import preloaded  # noqa: F401
+from megatron.core.datasets import gpt_dataset
 from megatron.training import argument_utils, arguments
 
 import pipehc.megatron.job.enable  # noqa: F401
@@ -19,3 +20,4 @@ def remember_help() -> None:
 
 
 remember_help()
+gpt_dataset.MockGPTLowLevelDataset.size = 1000  # documents, not 100,000, whose samples are shuffled three times a job

@@ -15,7 +15,7 @@ from processes import run_ranks
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "pretrain_megatron.py"
 JOB = """
---num-layers 8 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1
+--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1
 --lr 1e-3 --min-lr 1e-4 --mock-data --tokenizer-type NullTokenizer --vocab-size 127
 --transformer-impl local --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --eval-interval 3
 --eval-iters 1 --log-interval 1 --distributed-backend gloo --use-cpu-initialization --no-masked-softmax-fusion
@@ -23,6 +23,8 @@ JOB = """
 --hidden-dropout 0 --attention-dropout 0 --ckpt-format torch_dist --train-iters 6 --global-batch-size 8 --num-workers 0
 """
 PP2, VPP2 = "--pipeline-model-parallel-size 2 ", "--num-virtual-stages-per-pipeline-rank 2 "
+DEEP = "--num-layers 8 "  # two chunks on each of four ranks
+SHORT = "--train-iters 3 "
 TIED = "--tied "  # of this file: the job unties its embedding and output head unless it is there
 SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --dist-ckpt-optim-fully-reshardable --overlap-param-gather "
 
@@ -50,7 +52,8 @@ def losses(processes, arguments):
     """[(loss, gradient norm, norm of the parameters if it is logged)] of the iterations, and the validation loss after the last."""
     printed = "".join(run_ranks(pretrain, processes, arguments, timeout=280))
     steps = re.findall(r"lm loss: ([\d.E+-]+) .* grad norm: ([\d.]+)(?: .* params norm: ([\d.]+))?", printed)
-    validation = re.findall(r"validation loss at iteration 6 \| lm loss value: ([\d.E+-]+)", printed)
+    last = 3 if SHORT in arguments else 6
+    validation = re.findall(rf"validation loss at iteration {last} \| lm loss value: ([\d.E+-]+)", printed)
     return [tuple(float(figure) for figure in step if figure) for step in steps], float(validation[-1]) if validation else None
 
 
@@ -115,22 +118,24 @@ def test_other_jobs_under_dualpipe(arguments):
     """Layouts that draw their weights from other numbers, each against itself under Megatron's own schedule."""
     # In 16 bits gradients are rounded before they are summed, in another order.
     rounding = 50 if "bf16" in arguments or "fp16" in arguments else 1
+    arguments += "" if "fp16" in arguments else SHORT
     assert_same(losses(4, arguments + "--schedule dualpipe"), losses(4, arguments), rounding=rounding)
 
 
 @pytest.fixture(scope="module")
-def halfway(tmp_path_factory):
-    """A checkpoint of the plain job after three iterations."""
+def deep(tmp_path_factory):
+    """A deeper job, and its checkpoint after three iterations."""
     folder = tmp_path_factory.mktemp("halfway")
-    losses(2, f"{PP2}--save-interval 3 --exit-interval 3 --save {folder}")
-    return folder
+    losses(2, f"{PP2}{DEEP}--save-interval 3 --exit-interval 3 --save {folder}")
+    return losses(2, PP2 + DEEP), folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "ranks"), [("dualpipev", 2), ("dualpipev", 4), ("zbv", 2), ("interleaved", 4)])
-def test_two_chunks_a_rank_go_on_where_the_plain_job_stopped(plain, halfway, schedule, ranks):
+def test_two_chunks_a_rank_go_on_where_the_plain_job_stopped(deep, schedule, ranks):
     """Their own weights would be drawn from other numbers."""
-    arguments = f"--pipeline-model-parallel-size {ranks} {VPP2}--schedule {schedule} --load {halfway}"
+    plain, halfway = deep
+    arguments = f"--pipeline-model-parallel-size {ranks} {VPP2}{DEEP}--schedule {schedule} --load {halfway}"
     assert_same(losses(ranks, arguments), plain, first=3)
 
 
@@ -147,8 +152,8 @@ def test_mixed_precision_at_the_turn_of_a_v():
 @pytest.mark.parametrize("arguments", ["--schedule dualpipe", "--schedule megatron"])
 def test_hyper_connections_in_the_job(arguments):
     """Over two ranks, as in one with Megatron's own schedule."""
-    expected = losses(2, PP2 + "--schedule 1f1b --residual mhc")
-    assert_same(losses(2, PP2 + "--residual mhc " + arguments), expected)
+    expected = losses(2, PP2 + SHORT + "--schedule 1f1b --residual mhc")
+    assert_same(losses(2, PP2 + SHORT + "--residual mhc " + arguments), expected)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """`enable` before Megatron's own pretrain() of a HybridModel: the whole job, data, optimizer, evaluation and checkpoints."""
 
 import pytest
-from test_enable import EXPERTS, PP2, SHARDED, assert_same, losses
+from test_enable import EXPERTS, PP2, SHARDED, SHORT, assert_same, losses
 
 HYBRID = PP2 + "--spec local_stack LOCAL_STACK --hybrid-layer-pattern "
 TWO, FOUR = HYBRID + "*-*-|*--* ", HYBRID + "*-|*-|*-|-* "  # the same layers
@@ -36,7 +36,7 @@ def test_the_job_in_other_ways(plain, arguments):
 )
 def test_experts_under_dualpipe(arguments):
     rounding = 50 if "bf16" in arguments else 1
-    job = HYBRID + "*E*-|*E-E " + EXPERTS + arguments
+    job = HYBRID + "*E*-|*E-E " + EXPERTS + SHORT + arguments
     assert_same(losses(4, job + "--schedule dualpipe"), losses(4, job), rounding=rounding)
 
 
