@@ -23,8 +23,8 @@ def reference(tiny):
 @pytest.mark.parametrize("kind", ["hc", "isohc", "hybrid", "harmonized", "harmonized residual.static=true"])
 def test_the_whole_family_equals_one_process(tiny, reference, kind, name):
     """Harmonized aims at a gain of 1, so that the evaluation after the step shows an s that the feedback has moved."""
-    expected = reference(kind)
-    check_layout(tiny, expected, 4, f"schedule.name={name}", "parallel.pp=4", *settings(kind))
+    expected = reference(kind, 8)
+    check_layout(tiny, expected, 4, f"schedule.name={name}", "parallel.pp=4", "train.global_batch=8", *settings(kind))
     gain, s = expected[6]["gain"], expected[7]
     assert gain > 1 - 1e-6 and (s < 1) == ("harmonized" in kind and gain > 1)
 
@@ -72,26 +72,26 @@ def check_layout(tiny, expected, processes, *overrides):
     compare(run_ranks(one_step, processes, tiny, overrides, timeout=240), expected, overrides)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "mhc"])
-@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize(("kind", "ep"), [pytest.param("none", 2, marks=pytest.mark.slow), ("mhc", 1), ("mhc", 2)])
 @pytest.mark.parametrize("pp", [2, 4])
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
 def test_equals_one_process(tiny, reference, name, pp, ep, kind):
     """Without data parallelism but for what ep needs. P = 2 matters: next and previous are the same rank."""
+    batch = 8 * ep
     layout = f"schedule.name={name}", f"parallel.pp={pp}", f"parallel.ep={ep}", f"residual.kind={kind}"
-    check_layout(tiny, reference(kind), pp * ep, *layout)
+    check_layout(tiny, reference(kind, batch), pp * ep, *layout, f"train.global_batch={batch}")
 
 
 AUTO = "auto search.time_limit=0.5 search.placement="
 QUICK = ["interleaved", "zbv"]
-SLOW = ["gpipe", "zb_h1", AUTO + "bidirectional", AUTO + "linear", AUTO + "v"]
+SLOW = ["gpipe", "zb_h1", AUTO + "bidirectional"]  # other placements of auto: tests/schedules/test_random_schedules.py
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_other_schedule_equals_one_process(tiny, reference, name):
     """With recomputation, and gradients summed in many buckets."""
-    more = "parallel.pp=4", "recompute.enabled=true", "runtime.bucket_size=3000"
-    check_layout(tiny, reference("mhc"), 4, *f"schedule.name={name}".split(), *more)
+    more = "parallel.pp=4", "recompute.enabled=true", "runtime.bucket_size=3000", "train.global_batch=8"
+    check_layout(tiny, reference("mhc", 8), 4, *f"schedule.name={name}".split(), *more)
 
 
 @pytest.mark.parametrize(

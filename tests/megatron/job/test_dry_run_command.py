@@ -29,8 +29,8 @@ def test_it_prints_the_plan_and_leaves_nothing_behind(tmp_path, capfd):
     assert (found["schedule"], found["residual"], found["processes"]) == ("zb_h1", "none", 2)
     assert [rank["stages"] for rank in found["ranks"]] == [[0], [1]] and found["plain_residual"] is None
     assert found["step"]["ms"] > found["step"]["pipeline_ms"] > 0
-    # 8 layers of 4 x 32 x 32 of attention, 3 x 32 x 64 of the MLP and two norms; the last norm and 128 x 32 twice for tokens.
-    elements = 8 * (4 * 32 * 32 + 3 * 32 * 64 + 64) + 32 + 2 * 128 * 32
+    # 4 layers of 4 x 32 x 32 of attention, 3 x 32 x 64 of the MLP and two norms; the last norm and 128 x 32 twice for tokens.
+    elements = 4 * (4 * 32 * 32 + 3 * 32 * 64 + 64) + 32 + 2 * 128 * 32
     assert sum(rank["bytes"]["parameters"] for rank in found["ranks"]) == 4 * elements
     assert sum(rank["bytes"]["gradients"] for rank in found["ranks"]) == 4 * elements
     assert sum(rank["bytes"]["optimizer"] for rank in found["ranks"]) == pytest.approx(8 * elements, rel=1e-3)

@@ -23,7 +23,7 @@ JOB = """
 --hidden-dropout 0 --attention-dropout 0 --ckpt-format torch_dist --train-iters 6 --global-batch-size 8 --num-workers 0
 """
 PP2, VPP2 = "--pipeline-model-parallel-size 2 ", "--num-virtual-stages-per-pipeline-rank 2 "
-DEEP = "--num-layers 8 "  # two chunks on each of four ranks
+DEEP = "--num-layers 8 "
 SHORT = "--train-iters 3 "
 TIED = "--tied "  # of this file: the job unties its embedding and output head unless it is there
 SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --dist-ckpt-optim-fully-reshardable --overlap-param-gather "

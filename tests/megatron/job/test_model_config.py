@@ -2,7 +2,7 @@
 
 import pytest
 from processes import run_ranks
-from test_enable import PP2, VPP2, assert_same, losses, pretrain
+from test_enable import DEEP, PP2, VPP2, assert_same, losses, pretrain
 
 
 def configured(rank, arguments):
@@ -40,7 +40,7 @@ def wrappers(arguments):
     return {line for line in printed.splitlines() if line.startswith("DDP of")}
 
 
-CONFIGURED = PP2 + "--from-config --overlap-grad-reduce --train-iters 1 --eval-iters 0 "
+CONFIGURED = PP2 + DEEP + "--from-config --overlap-grad-reduce --train-iters 1 --eval-iters 0 "
 
 
 @pytest.mark.slow
