@@ -3,10 +3,10 @@
 import preloaded  # noqa: F401
 import pytest
 import torch
-from one_step import RandomSplit, compare, one_step, references
+from one_step import compare, one_step, references
 from processes import run_ranks
+from training_leg import training_leg
 
-from pipehc.checkpoint.store import Checkpoints
 from pipehc.config.loading import load_config
 
 SMALL = "train.sequence_length=12", "model.blocks=4", "train.global_batch=8", "evaluation.samples=4", "model.mtp_depth=2"
@@ -76,19 +76,7 @@ def test_bf16_trains(tiny, reference):
 
 def train(rank, path, folder, overrides, begin, end):
     """Losses, gradient norms and figures of steps begin + 1 to end, from the checkpoint of `begin` if that is not 0."""
-    from pipehc.data.batches import Sampler
-    from pipehc.trainer import Trainer
-
-    trainer, checkpoints = Trainer(load_config(path, [*SMALL, *overrides])), Checkpoints(folder, 4)
-    if begin:
-        restored = checkpoints.load(folder / f"step-{begin:08d}", trainer.state())
-        trainer.after_load()
-        trainer.check_replicas()
-        trainer.samples_seen = restored.extra["samples"]
-    split = RandomSplit(12)
-    results = [trainer.step(step, split, Sampler(len(split), seed=3)) for step in range(begin + 1, end + 1)]
-    trainer.check_replicas()
-    checkpoints.save(end, trainer.state(), {"samples": trainer.samples_seen})
+    _, results = training_leg(path, folder, [*SMALL, *overrides], begin, end)
     return [(r.loss, r.grad_norm, r.figures["mtp_1_loss"], r.figures["mtp_2_loss"]) for r in results]
 
 

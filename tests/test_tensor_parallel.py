@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from one_step import RandomSplit, compare, one_step, references, whole
 from processes import run_ranks
+from training_leg import training_leg
 
 from pipehc.checkpoint.store import Checkpoints
 from pipehc.config.loading import load_config
@@ -111,19 +112,8 @@ def test_gradients_in_fp64_are_those_of_one_process(tiny, settings, share):
 
 def train(rank, path, folder, overrides, begin, end):
     """Losses and gradient norms of steps begin + 1 to end, from the checkpoint of `begin` if that is not 0; saves that of `end`."""
-    from pipehc.data.batches import Sampler
-    from pipehc.trainer import Trainer
-
-    trainer, checkpoints = Trainer(load_config(path, [*SMALL, *overrides])), Checkpoints(folder, 4)
-    if begin:
-        restored = checkpoints.load(folder / f"step-{begin:08d}", trainer.state())
-        trainer.after_load()
-        trainer.samples_seen = restored.extra["samples"]
-    split = RandomSplit(12)
-    results = [trainer.step(step, split, Sampler(len(split), seed=3)) for step in range(begin + 1, end + 1)]
-    trainer.check_replicas()
-    checkpoints.save(end, trainer.state(), {"samples": trainer.samples_seen})
-    return [(r.loss, r.grad_norm) for r in results], trainer.evaluate(split, 1).loss
+    trainer, results = training_leg(path, folder, [*SMALL, *overrides], begin, end)
+    return [(r.loss, r.grad_norm) for r in results], trainer.evaluate(RandomSplit(12), 1).loss
 
 
 SHARED = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "schedule.name=dualpipe"]

@@ -2,7 +2,6 @@
 
 import json
 
-import megatron.training.training  # noqa: F401 (imported once, for all children)
 import pytest
 from test_enable import PP2, SCRIPT, command_line
 
