@@ -1,5 +1,6 @@
 """What every test shares, chosen before torch and Triton are first imported, by whichever test."""
 
+import gc
 import os
 
 import pytest
@@ -13,6 +14,12 @@ torch.set_num_threads(1)
 # Triton chooses between compiler and interpreter when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: a collection of garbage need not look at a million objects of torch's and Megatron's each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,8 +29,10 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 if INTERPRETED:
     from pipehc.kernels.interpreter import repair
+    from pipehc.kernels.interpreter_types import remember
 
     repair()
+    remember()
 
 
 def launches[**P, R](function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:

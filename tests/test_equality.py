@@ -14,9 +14,9 @@ from pipehc.config.loading import load_config
 
 @pytest.fixture(scope="module")
 def reference(tiny):
-    """One process's results, by residual kind and global batch."""
+    """One process's results, by residual kind, global batch and blocks."""
     alone = references(tiny)
-    return lambda kind, batch=16: alone(*settings(kind), f"train.global_batch={batch}")
+    return lambda kind, batch=16, blocks=8: alone(*settings(kind), f"train.global_batch={batch}", f"model.blocks={blocks}")
 
 
 @pytest.mark.parametrize("name", [pytest.param("1f1b", marks=pytest.mark.slow), "dualpipe"])
@@ -50,10 +50,11 @@ def gradients_of_lambda(rank, path, overrides):
 def test_the_gradient_of_lambda_equals_that_of_one_process(tiny, name):
     """Where all streams are equal, as they enter the model, it is 0, and where they nearly are it is what is left when large terms
     cancel: there the comparison of all gradients allows more."""
-    (expected,) = run_ranks(gradients_of_lambda, 1, tiny, settings("hybrid"), timeout=240)
-    overrides = [f"schedule.name={name}", "parallel.pp=4", *settings("hybrid")]
+    small = "train.global_batch=8", "model.blocks=4", *settings("hybrid")
+    (expected,) = run_ranks(gradients_of_lambda, 1, tiny, small, timeout=240)
+    overrides = [f"schedule.name={name}", "parallel.pp=4", *small]
     found = run_ranks(gradients_of_lambda, 4, tiny, overrides, timeout=240)
-    assert {key for of_rank in found for key in of_rank} == expected.keys() and len(expected) == 16
+    assert {key for of_rank in found for key in of_rank} == expected.keys() and len(expected) == 8
     first = min(expected, key=lambda key: abs(expected[key]))
     assert "layers.0.attention" in first
     for of_rank in found:
@@ -77,9 +78,9 @@ def check_layout(tiny, expected, processes, *overrides):
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
 def test_equals_one_process(tiny, reference, name, pp, ep, kind):
     """Without data parallelism but for what ep needs. P = 2 matters: next and previous are the same rank."""
-    batch = 8 * ep
-    layout = f"schedule.name={name}", f"parallel.pp={pp}", f"parallel.ep={ep}", f"residual.kind={kind}"
-    check_layout(tiny, reference(kind, batch), pp * ep, *layout, f"train.global_batch={batch}")
+    batch, blocks = 8 * ep, 8 if name == "dualpipev" else 4  # two blocks a stage, and one
+    layout = f"schedule.name={name}", f"parallel.pp={pp}", f"parallel.ep={ep}", f"residual.kind={kind}", f"model.blocks={blocks}"
+    check_layout(tiny, reference(kind, batch, blocks), pp * ep, *layout, f"train.global_batch={batch}")
 
 
 AUTO = "auto search.time_limit=0.5 search.placement="
@@ -108,16 +109,17 @@ def test_every_other_schedule_equals_one_process(tiny, reference, name):
 def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, block):
     """Recomputation of a whole stage at a time, or of 3 sub-layers, of which no stage has a multiple; uneven stages in a pair."""
     layout = f"schedule.name={name}", "parallel.pp=2", "parallel.ep=2", f"residual.kind={kind}", f"recompute.block={block}"
-    layout += ("train.global_batch=8",)
+    blocks = 8 if name == "dualpipev" else 5
+    layout += "train.global_batch=8", f"model.blocks={blocks}"
     if name == "dualpipe":
-        layout += ("parallel.blocks_per_stage=[3,5]",)
+        layout += ("parallel.blocks_per_stage=[2,3]",)
     plain = None
     for overlap in ("false", "true") if name.startswith("dualpipe") else ("true",):
         for recompute in ("false", "true"):
             overrides = *layout, f"runtime.overlap={overlap}", f"recompute.enabled={recompute}"
             results = run_ranks(one_step, 4, tiny, overrides, timeout=240)
             if plain is None:
-                compare(results, reference(kind, 8), overrides)
+                compare(results, reference(kind, 8, blocks), overrides)
                 plain = results
             for expected, found in zip(plain, results):
                 assert found[:4] == expected[:4], overrides
@@ -138,7 +140,7 @@ def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, bl
                 "dualpipev residual.kind=isohc recompute.block=1",
                 "dualpipev residual.kind=mhc residual.fixed=[res] model.dense_blocks=3 train.precision=bf16",
                 "interleaved residual.kind=harmonized residual.static=true recompute.block=3",
-                "zbv residual.kind=hybrid model.dense_blocks=8 parallel.ep=1",
+                "zbv residual.kind=hybrid model.dense_blocks=5 parallel.ep=1",
                 "zb_h1 residual.kind=hybrid residual.fixed=[pre] model.experts_shared=0",
                 "gpipe residual.kind=mhc train.micro_batch=2",
             )
@@ -146,7 +148,8 @@ def test_overlap_and_recomputation_change_no_bit(tiny, reference, name, kind, bl
     ],
 )
 def test_overlap_and_recomputation_change_no_bit_whatever_else_is_set(tiny, layout):
-    layout = ["parallel.pp=2", "parallel.ep=2", *("train.global_batch=8",) * ("micro_batch" not in layout), *layout.split()]
+    small = "parallel.pp=2", "parallel.ep=2", "model.blocks=5"
+    layout = [*small, *("train.global_batch=8",) * ("micro_batch" not in layout), *layout.split()]
     processes = 2 if "parallel.ep=1" in layout else 4
     off, on = (
         run_ranks(one_step, processes, tiny, [*layout, f"runtime.overlap={on}", f"recompute.enabled={on}"], timeout=240)
@@ -183,7 +186,7 @@ def one_step_through_host_memory(rank, path, overrides, store):
 )
 def test_host_transport_changes_no_bit(tiny, tmp_path, layout, processes):
     """Neither of messages and all-to-alls nor of sums over replicas, the optimizer's gathers and the gain."""
-    overrides = [*layout.split(), "parallel.pp=2", "recompute.enabled=true"]
+    overrides = [*layout.split(), "parallel.pp=2", "model.blocks=4", "train.global_batch=8", "recompute.enabled=true"]
     device = run_ranks(one_step, processes, tiny, overrides, timeout=240)
     host = run_ranks(one_step_through_host_memory, processes, tiny, overrides, tmp_path / "store", init=False, timeout=240)
     for expected, found in zip(device, host):

@@ -9,7 +9,7 @@ from training_leg import training_leg
 
 from pipehc.config.loading import load_config
 
-SMALL = "train.sequence_length=12", "model.blocks=4", "train.global_batch=8", "evaluation.samples=4", "model.mtp_depth=2"
+SMALL = "train.sequence_length=12", "model.blocks=4", "train.global_batch=8", "model.mtp_depth=2"
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,13 @@ def check_layout(tiny, expected, processes, *overrides):
 
 QUICK = [("1f1b", 1, 1, "mhc"), ("dualpipe", 2, 2, "mhc"), ("dualpipev", 2, 1, "none")]
 SLOW = [
-    (name, pp, ep, kind)
-    for name in ("1f1b", "dualpipe", "dualpipev")
-    for pp in (1, 2)
-    for ep in (1, 2)
-    for kind in ("none", "mhc")
-    if (name, pp) != ("dualpipe", 1) and (name, pp, ep, kind) not in QUICK
+    ("1f1b", 1, 2, "none"),
+    ("1f1b", 2, 1, "none"),
+    ("1f1b", 2, 2, "mhc"),
+    ("dualpipe", 2, 1, "none"),
+    ("dualpipev", 1, 1, "mhc"),
+    ("dualpipev", 1, 2, "none"),
+    ("dualpipev", 2, 2, "mhc"),
 ]
 
 

@@ -18,7 +18,7 @@ model: {vocab_size: 256, hidden_size: 32, blocks: 8, dense_blocks: 1, heads: 2, 
 residual: {kind: mhc, streams: 3, alpha: 0.3}
 train: {steps: 4, sequence_length: 11, micro_batch: 1, global_batch: 16}
 optimizer: {lr: 1.0e-3, clip_grad: 1.0}
-evaluation: {interval: 1, samples: 8}
+evaluation: {interval: 1, samples: 4}
 run: {folder: unused}
 """
 

@@ -159,7 +159,7 @@ def test_verdicts_are_those_of_the_executor():
 def test_every_family_is_safe_with_any_number_of_queues(ranks):
     """`compile` verifies what it makes: with as many queues as streams, or with one."""
     for name in FAMILIES:
-        for microbatches in (2 * ranks, 3 * ranks + 2):
+        for microbatches in (2 * ranks, 3 * ranks + 2)[: 1 if ranks > 8 else 2]:
             try:
                 schedule = build(name, ranks, microbatches)
             except ValueError:
