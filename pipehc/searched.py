@@ -13,17 +13,19 @@ from pipehc.config.schema import Config
 from pipehc.config.stages import build_schedule, given_costs
 from pipehc.planning.dry_run.cached_costs import NoCosts, cached_costs, gpu_here
 from pipehc.planning.dry_run.hardware import load_hardware
-from pipehc.schedules import Costs, Schedule
+from pipehc.schedules import Costs, Schedule, compile
+from pipehc.schedules.deferral import parts_to_defer
 
 # Of these sections and keys the costs of a stage are made.
 _DEPENDS = ("model", "residual", "parallel", "schedule", "recompute", "runtime")
 
 
 class Found(NamedTuple):
-    """origin: where a searched schedule comes from, in words; else empty."""
+    """origin: where a searched schedule comes from, in words; else empty. deferred: see `schedules.deferral`."""
 
     schedule: Schedule
     origin: str
+    deferred: tuple[str, ...] | None
 
 
 def training_schedule(config: Config, microbatches: int, dp: int) -> Found:
@@ -33,17 +35,27 @@ def training_schedule(config: Config, microbatches: int, dp: int) -> Found:
     """
     ranks = config.parallel.pp
     if config.schedule.name != "auto":
-        return Found(build_schedule(config, ranks, microbatches), "")
+        return Found(build_schedule(config, ranks, microbatches), "", config.schedule.deferred)
 
     def search() -> Found:
         costs, origin = _costs(config, dp)
-        return Found(build_schedule(config, ranks, microbatches, costs=costs), f"searched for {origin}")
+        schedule = build_schedule(config, ranks, microbatches, costs=costs)
+        deferred = deferred_by(config, schedule, costs)
+        left = "" if deferred is None else f"; split backwards defer the weight gradients of {' and '.join(deferred) or 'nothing'}"
+        return Found(schedule, f"searched for {origin}{left}", deferred)
 
     try:
         return from_first(search)
     except ValueError as error:
         text = str(error)
         raise ConfigError(text if text.startswith("search.") else f"search: {text}") from error
+
+
+def deferred_by(config: Config, schedule: Schedule, costs: Costs | None) -> tuple[str, ...] | None:
+    """What split backwards of a searched schedule defer: what the configuration says, else what pays by the costs of nodes."""
+    if config.schedule.deferred is not None or costs is None or not costs.nodes:
+        return config.schedule.deferred
+    return parts_to_defer(compile(schedule, recompute=config.recompute.enabled, high=True), costs)
 
 
 def _costs(config: Config, dp: int) -> tuple[Costs | None, str]:
@@ -53,6 +65,7 @@ def _costs(config: Config, dp: int) -> tuple[Costs | None, str]:
     gpu = config.search.gpu or gpu_here(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
     hardware = load_hardware(gpu, "search.gpu:")
     single = config.model_copy(update={"parallel": config.parallel.model_copy(update={"dp": dp})})
+    single = single.model_copy(update={"schedule": single.schedule.model_copy(update={"deferred": None})})
     data = single.model_dump(mode="json")
     train = {key: data["train"][key] for key in ("micro_batch", "sequence_length", "precision")}
     identity = {name: data[name] for name in _DEPENDS}

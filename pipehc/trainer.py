@@ -33,6 +33,7 @@ from pipehc.model.streams import Figures, Part, StreamFigures, is_due
 from pipehc.planning.activations import Activations
 from pipehc.recompute import Chain, SavedBytes
 from pipehc.schedules import Program, Schedule, compile
+from pipehc.schedules.deferral import at_once
 from pipehc.schedules.execute import Observer, execute
 from pipehc.searched import Found, training_schedule
 from pipehc.watch.trace import Recorder, node_watch, save_step
@@ -76,8 +77,9 @@ class Trainer:
         self.config = config
         parallel, train = config.parallel, config.train
         dp = dist.get_world_size() // (parallel.pp * parallel.tp)
-        found = Found(schedule, "") if schedule else training_schedule(config, config.microbatches(dp), dp)
-        schedule, self.schedule_origin = found
+        given = Found(schedule, "", config.schedule.deferred) if schedule else None
+        schedule, self.schedule_origin, deferred = given or training_schedule(config, config.microbatches(dp), dp)
+        self._at_once = at_once(deferred)
         self.train_program = compile(schedule, recompute=config.recompute.enabled, high=True, hosts_wait=self.hosts_wait())
         placement = self.train_program.schedule.placement
         edges, replicas = self.train_program.edges(), dp * parallel.tp
@@ -289,6 +291,7 @@ class Trainer:
                 watch=node_watch(self.observers, *key),
                 count=self._count(key[1]) if first_step else None,
                 probe=probes.get(key),
+                at_once=self._at_once,
             )
             for key, chain in chains.items()
         }

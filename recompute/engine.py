@@ -29,8 +29,8 @@ class Pass:
 
     queues: one of each name that the chain's pieces use. given: the values that no piece makes, complete for what is issued to
     `compute` from now on. recompute: drop what can be rebuilt. scope: entered around each piece that runs with autograd, for
-    example to open a store of weight gradients; backward_scope: around the backward of each. count: where to count the bytes that
-    are kept. watch: told when pieces really run. probe: the value PROBE.
+    example to open a store of weight gradients; backward_scope: around the backward of each, called with its node. count: where to
+    count the bytes that are kept. watch: told when pieces really run. probe: the value PROBE.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Pass:
         *,
         recompute: bool = False,
         scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        backward_scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        backward_scope: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         count: SavedBytes | None = None,
         watch: Watch | None = None,
         probe: Any = None,
@@ -165,7 +165,7 @@ class Pass:
             if isinstance(piece, Exchange):
                 end = piece.run_backward(gradients, *graph.constants)
                 return lambda: self._give(piece, end())
-            with self._backward_scope():
+            with self._backward_scope(piece.node):
                 graph.backward(gradients)
             for name in dropped:
                 self._use_rebuilt(name)

@@ -125,7 +125,8 @@ def _weight_tail(costs: Costs, stage: int) -> float:
     nodes, backward = costs.nodes_of("W", stage), costs.nodes_of("I", stage)
     if not nodes or not backward:
         return costs.time("W", stage)
-    return sum(node.ms for node in nodes if node.name == backward[-1].name)
+    name = backward[-1].name
+    return 0.0 if name in costs.computed_at_once(stage) else sum(node.ms for node in nodes if node.name == name)
 
 
 def _work_and_ends(own: list[Stage]) -> float:

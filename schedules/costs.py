@@ -34,6 +34,7 @@ class Costs:
         begins with the last block. name: BLOCK.KIND as in `pair_order`; queue: compute, high or communication (all-to-alls, one
         in-order queue a rank). Each waits for the one before it, and for its queue. Pairs are then simulated node by node. An
         action with nodes needs no entry in the table; if it has one, they must add up to it.
+    at_once: kinds of nodes whose weight gradients an I computes itself, rather than leave them to its W; in pairs all have turns.
     one_worker: as on a CPU: what is on the high-priority queue is done by the compute queue, in its place; all-to-alls start when
         they are issued, also beside each other.
     Raises ValueError for a negative time or factor, or what cannot be together.
@@ -53,6 +54,7 @@ class Costs:
     activation_bytes: float = 0.0
     table: Mapping[Key, float] | Table | None = None
     nodes: Mapping[Key, Sequence[tuple[str, str, float]]] | Nodes | None = None
+    at_once: tuple[str, ...] = ()
     one_worker: bool = False
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}  # of from_json
@@ -74,6 +76,8 @@ class Costs:
             raise ValueError(f"costs.microbatch_weights = {self.microbatch_weights}: needs one or more factors > 0")
         if self.by_stage:
             self._freeze()
+        if self.at_once and not self.nodes:
+            raise ValueError(f"costs.at_once = {self.at_once}: needs costs.nodes, which say what these weight gradients take")
 
     def _freeze(self) -> None:
         object.__setattr__(self, "table", frozen_table(self.table or {}))
@@ -139,16 +143,26 @@ class Costs:
     def time(self, kind: str, stage: int = 0) -> float:
         """Time of one action of `kind` (F B I W R), on 1/P of the model or, if there are times of every stage, on `stage`.
 
+        I without the weight gradients of `at_once`: they run beside its all-to-alls, or after them; W without them.
+
         Raises ValueError, naming the key, if it is one of these that is not there.
         """
         if not self.by_stage:
             return {"F": self.f, "I": self.b, "W": self.w, "B": self.b + self.w, "R": self.r}[kind]
         if kind == "B":
-            return self.time("I", stage) + self.time("W", stage)
+            return self.time("I", stage) + self.time("W", stage) + self._at_once(stage)
         key = stage, "B" if kind == "I" else kind
         if key not in self._times:
             raise ValueError(f"costs.table: no entry for ({stage}, {key[1]!r})" + _those(self._times))
-        return self._times[key]
+        return self._times[key] - (self._at_once(stage) if kind == "W" else 0.0)
+
+    def computed_at_once(self, stage: int) -> dict[str, float]:
+        """What the weight gradients take that an I computes itself, by node."""
+        nodes = self._nodes.get((stage, "W"), ())
+        return {node.name: node.ms for node in nodes if node.name.rpartition(".")[2] in self.at_once}
+
+    def _at_once(self, stage: int) -> float:
+        return sum(self.computed_at_once(stage).values()) if self.at_once else 0.0
 
     def nodes_of(self, kind: str, stage: int) -> tuple[NodeCost, ...] | None:
         """What one action of `kind` (F I W R) is made of; None if there are no nodes at all, or none for R.
@@ -166,7 +180,8 @@ class Costs:
         if nodes is None:
             beside = self.high if kind in "FI" and not self.one_worker else 0.0
             return self.time(kind, stage) - beside
-        return sum(node.ms for node in nodes if node.queue == "compute" or (self.one_worker and node.queue == "high"))
+        own = sum(node.ms for node in nodes if node.queue == "compute" or (self.one_worker and node.queue == "high"))
+        return own + {"I": 1, "W": -1}.get(kind, 0) * self._at_once(stage)
 
     def stage_factors(self, placement: Placement) -> tuple[tuple[float, ...], ...]:
         """[lane][stage]: what `time` is to be multiplied with: the stage's size in units of 1/P of the model, times its weight.

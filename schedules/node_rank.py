@@ -103,8 +103,13 @@ class NodeRank(Rank):
         if kind == "W" or nodes is None:  # the weight gradients of all nodes at once; R if nothing more is known
             self._issue(half, NodeCost("", "compute", self.time[kind][stage]), kind)
             return
-        for node in nodes:
+        at_once = {} if kind == "F" else self.costs.computed_at_once(stage)
+        weights = _Half(half.action, half.factor, 0.0, half.turn)  # they wait for their node alone
+        for k, node in enumerate(nodes):
             self._issue(half, node, "B" if kind == "I" else kind)
+            if k + 1 == len(nodes) or nodes[k + 1].queue != "communication":
+                for name in [name for name in at_once if name in [before.name for before in nodes[: k + 1]]]:
+                    self._issue(weights, NodeCost(name, "compute", at_once.pop(name)), "W")
         if kind == "B":
             self._issue(half, NodeCost("", "compute", self.costs.time("W", stage)), "W")
 

@@ -47,6 +47,7 @@ EXPERTS = ("parallel.ep=2", "parallel.dp=2", "train.global_batch=32", "train.pre
 OTHERS = {
     "dualpipev": ("schedule.name=dualpipev", "parallel.pp=2"),
     "interleaved": ("schedule.name=interleaved", "parallel.pp=2"),
+    "deferred FFN": ("schedule.name=zbv", "schedule.deferred=[ffn]", "parallel.pp=2"),
     "1f1b without recomputation": ("schedule.name=1f1b", "recompute.enabled=false"),
     "dualpipe without recomputation": ("recompute.enabled=false",),
     "without overlap": ("runtime.overlap=false",),

@@ -69,7 +69,7 @@ LAYOUTS = {
     "dualpipe": DUALPIPE,
     "dualpipe over four": (*DUALPIPE, *FOUR),
     "dualpipev": (*DUALPIPE, "schedule.name=dualpipev", "model.blocks=4"),
-    "zbv": (*DUALPIPE, "schedule.name=zbv", "model.blocks=4"),
+    "zbv, FFN deferred": (*DUALPIPE, "schedule.name=zbv", "schedule.deferred=[ffn]", "model.blocks=4"),
     "interleaved": (*DUALPIPE, "schedule.name=interleaved", "model.blocks=4"),
     "1f1b over four": (*DUALPIPE, "schedule.name=1f1b", *FOUR),
     "zb_h1, without recomputation": (*DUALPIPE, "schedule.name=zb_h1", "recompute.enabled=false"),

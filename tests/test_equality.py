@@ -84,8 +84,9 @@ def test_equals_one_process(tiny, reference, name, pp, ep, kind):
 
 
 AUTO = "auto search.time_limit=0.5 search.placement="
-QUICK = ["interleaved", "zbv"]
-SLOW = ["gpipe", "zb_h1", AUTO + "bidirectional"]  # other placements of auto: tests/schedules/test_random_schedules.py
+QUICK = ["interleaved", "zbv schedule.deferred=[ffn]"]
+SLOW = ["gpipe", "zbv", "zb_h1 schedule.deferred=[attention]", "zb_h1 schedule.deferred=[]"]
+SLOW += [AUTO + "bidirectional"]  # other placements of auto: tests/schedules/test_random_schedules.py
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

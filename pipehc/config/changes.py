@@ -34,7 +34,7 @@ _EFFECTS = {
         Effect.NONE: "init alpha",
     },
     "parallel": {Effect.NONE: "pp tp ep dp blocks_per_stage"},
-    "schedule": {Effect.NONE: "name chunks"},
+    "schedule": {Effect.NONE: "name chunks deferred"},
     "search": {Effect.NONE: "placement f b w r link latency gpu max_live time_limit"},
     "recompute": {Effect.NONE: "enabled block modules"},
     "data": {Effect.DATA: "kind paths suffixes tokenizer end_of_document validation_fraction pairs"},

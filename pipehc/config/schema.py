@@ -136,6 +136,7 @@ class SearchConfig(Section):
 class ScheduleConfig(Section):
     name: ScheduleName = "1f1b"
     chunks: Size | None = None  # stages a rank, of interleaved
+    deferred: Annotated[tuple[Literal["attention", "ffn"], ...], AsTuple] | None = None  # whose weight gradients I leaves to W
 
 
 class RecomputeConfig(Section):

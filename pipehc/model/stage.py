@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from pipehc.model.overlap import Half, overlap
 from pipehc.model.probe import Probe
 from pipehc.model.sublayers import CONTEXT
 from pipehc.model.wgrad import WeightGradStore
-from pipehc.recompute import Chain, Pass, SavedBytes
+from pipehc.recompute import Chain, Exchange, Pass, SavedBytes
 from pipehc.recompute.chain import QueueName
 
 Batch = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
@@ -39,7 +40,8 @@ class ChainStage(ABC):
     Its programs are compiled with `high`: the end of the last FFN, in both directions, is on that queue.
     chain: of the stage. queues: see `comm.queues.make_queues`. recompute: drop after the forward what hyper-connections can
     rebuild. watch: see NodeWatch. count: counts what is kept for the first micro-batch. probe: looks at micro-batch 0, if it
-    comes this way. With gradients switched off, only `forward` may be called.
+    comes this way. at_once: kinds of nodes whose weight gradients `backward_input` computes itself, rather than leave them to
+    `backward_weight`. With gradients switched off, only `forward` may be called.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class ChainStage(ABC):
         watch: NodeWatch | None,
         count: SavedBytes | None,
         probe: Probe | None = None,
+        at_once: Collection[str] = (),
     ) -> None:
+        self._at_once = at_once
         self.chain, self._queues, self._recompute, self._watch, self._count = chain, queues, recompute, watch, count
         self._probe = probe
         self._live: dict[int, Any] = {}
@@ -73,11 +77,24 @@ class ChainStage(ABC):
 
     def backward_input(self, microbatch: int, grad: torch.Tensor | None) -> torch.Tensor | None:
         live = self.start_backward(microbatch, grad)
-        live.run.backward_all()
+        if not self._at_once:
+            live.run.backward_all()
+            return self.end_backward(live)
+        live.store.around, pieces = self.around(microbatch), self.chain.pieces
+        for index in reversed(range(len(pieces))):
+            live.run.backward(index)
+            if not index or not isinstance(pieces[index - 1], Exchange):  # beside the all-to-all that its node ends with
+                live.store.compute(self._at_once)
         return self.end_backward(live)
 
     def backward_weight(self, microbatch: int) -> None:
-        self._deferred.pop(microbatch).flush(self._queues["compute"].hold)
+        store = self._deferred.pop(microbatch)
+        store.around = self.around(microbatch)
+        store.flush(self._queues["compute"].hold)
+
+    def around(self, microbatch: int) -> Callable[[str], AbstractContextManager[object]]:
+        """What weight gradients that no turn of a pair computes are computed in, by node."""
+        return nullcontext
 
     def recompute(self, microbatch: int) -> None:
         self._live[microbatch].run.rebuild()
@@ -127,8 +144,9 @@ class ModelStage(ChainStage):
         watch: NodeWatch | None = None,
         count: SavedBytes | None = None,
         probe: Probe | None = None,
+        at_once: Collection[str] = (),
     ) -> None:
-        super().__init__(chain, queues, recompute, watch, count, probe)
+        super().__init__(chain, queues, recompute, watch, count, probe, at_once)
         self._batch, self._loss_scale = batch, loss_scale
         needed = {name for piece in chain.pieces for name in piece.inputs}
         self._wanted = needed & {"tokens", "labels"}

@@ -12,8 +12,8 @@ flushed in any order. The gradients of small parameters (`StandIns`) are compute
     store.flush()                          # W
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import NamedTuple
@@ -26,10 +26,15 @@ _receiving: ContextVar["WeightGradStore | None"] = ContextVar("receiving_store",
 
 
 class WeightGradStore:
-    """The weight gradients that one (stage, micro-batch) still owes; `len` counts them."""
+    """The weight gradients that one (stage, micro-batch) still owes; `len` counts them.
+
+    around: entered, with the node in whose backward it was met, around the computation of each.
+    """
 
     def __init__(self) -> None:
-        self._owed: list[Callable[[], None]] = []
+        self.around: Callable[[str], AbstractContextManager[object]] = nullcontext
+        self._node = ""
+        self._owed: list[tuple[str, Callable[[], None]]] = []
         self._there: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
 
     def __len__(self) -> int:
@@ -45,9 +50,9 @@ class WeightGradStore:
             _open.reset(token)
 
     @contextmanager
-    def receiving(self) -> Iterator[None]:
-        """The backward of `StandIns` that runs inside, in this thread, leaves their gradients here."""
-        token = _receiving.set(self)
+    def receiving(self, node: str = "") -> Iterator[None]:
+        """The backward of `StandIns` that runs inside, in this thread, leaves their gradients here. node: whose backward it is."""
+        token, self._node = _receiving.set(self), node
         try:
             yield
         finally:
@@ -55,18 +60,24 @@ class WeightGradStore:
 
     def put(self, compute: Callable[[], None]) -> None:
         """Owe what `compute` will add to a gradient. It may hold activations and output gradients alive until then."""
-        self._owed.append(compute)
+        self._owed.append((self._node, compute))
 
     def put_gradient(self, accumulate: Callable[[torch.Tensor], None], gradient: torch.Tensor) -> None:
         """Owe to add a gradient that is there."""
         self._there.append((accumulate, gradient))
 
-    def compute(self) -> None:
+    def compute(self, kinds: Collection[str] | None = None) -> None:
         """Compute the weight gradients owed so far, in the order in which the backward met them; what they held is freed as it
-        goes. Gradients that are there wait for `flush`: another queue may be at them still."""
-        owed, self._owed = self._owed[::-1], []
+        goes. Gradients that are there wait for `flush`: another queue may be at them still. kinds: only those of nodes BLOCK.KIND
+        of these kinds."""
+        owed = [one for one in self._owed if kinds is None or one[0].rpartition(".")[2] in kinds]
+        self._owed = [] if kinds is None else [one for one in self._owed if one[0].rpartition(".")[2] not in kinds]
+        owed.reverse()
         while owed:
-            owed.pop()()
+            node, compute = owed.pop()
+            with self.around(node):
+                compute()
+            del compute  # and what it holds, before the next one
 
     def flush(self, hold: Callable[[torch.Tensor], None] = lambda _: None) -> None:
         """Pay all that is owed, once the backward is over. hold: called with gradients that are there, and may be another queue's.

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 from pipehc.config.schema import Config
 from pipehc.schedules import Placement
+from pipehc.schedules.deferral import at_once
 
 
 class Job(NamedTuple):
     """processes: in all. experts: neighbouring processes that share the experts of a layer. microbatches: of one pipeline's step.
-    tokens: of a step of all. message_bytes: of a stage message of one micro-batch. half: whether it computes in 16 bits."""
+    tokens: of a step of all. message_bytes: of a stage message of one micro-batch. half: whether it computes in 16 bits.
+    at_once: see `Costs`."""
 
     residual: str
     schedule: str
@@ -21,6 +23,7 @@ class Job(NamedTuple):
     tokens: int
     message_bytes: int
     half: bool
+    at_once: tuple[str, ...] = ()
 
     @property
     def replicas(self) -> int:
@@ -46,4 +49,5 @@ def job_of(config: Config, dp: int) -> Job:
         tokens=train.global_batch * train.sequence_length,
         message_bytes=config.stage_message_bytes(),
         half=train.precision == "bf16",
+        at_once=at_once(config.schedule.deferred),
     )

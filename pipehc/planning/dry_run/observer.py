@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 from pipehc.model.stage import ChainStage
 from pipehc.planning.dry_run.tracker import Tracker, Where
@@ -32,10 +34,20 @@ class Observer:
 
 
 class TellingStage(ChainStage):
-    """Mixed into a kind of stage: it tells its W even where it is a part of a B."""
+    """Mixed into a kind of stage: it tells its W, and whose it is, even where it is a part of a B."""
 
     def backward_weight(self, microbatch: int) -> None:
+        with self._told(microbatch, ""):
+            super().backward_weight(microbatch)
+
+    def around(self, microbatch: int) -> Callable[[str], AbstractContextManager[object]]:
+        return partial(self._told, microbatch)
+
+    @contextmanager
+    def _told(self, microbatch: int, node: str) -> Iterator[None]:
+        """Of a node with the name that it has in pairs, where the end of an FFN has no turn of its own."""
+        block, _, kind = node.rpartition(".")
         assert self._watch is not None
-        ended = self._watch("W", microbatch, "", "compute")
-        super().backward_weight(microbatch)
+        ended = self._watch("W", microbatch, f"{block}.mlp" if kind == "mlp_post" else node, "compute")
+        yield
         ended()

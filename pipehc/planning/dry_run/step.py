@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from pipehc.planning.dry_run.hardware import Link
@@ -27,9 +28,13 @@ class Step(NamedTuple):
     optimizer_ms: float
 
 
-def simulated(program: Program, nodes: Nodes, message_bytes: int, link: Link, sums_ms: float, optimizer_ms: float) -> Step:
-    """The step of a program whose stages cost what `nodes` says. link: between pipeline neighbours. For the rest see `stepped`."""
-    return stepped(program, simulation_costs(nodes, message_bytes, link), sums_ms, optimizer_ms)
+def simulated(
+    program: Program, nodes: Nodes, message_bytes: int, link: Link, sums_ms: float, optimizer_ms: float, at_once: tuple[str, ...]
+) -> Step:
+    """The step of a program whose stages cost what `nodes` says. link: between pipeline neighbours. at_once: see `Costs`. For the
+    rest see `stepped`."""
+    costs = replace(simulation_costs(nodes, message_bytes, link), at_once=at_once)
+    return stepped(program, costs, sums_ms, optimizer_ms)
 
 
 def stepped(program: Program, costs: Costs, sums_ms: float, optimizer_ms: float) -> Step:

@@ -46,7 +46,7 @@ def assemble(job: Job, hardware: Hardware, runs: Sequence[RankRun], program: Pro
         link = hardware.link(job.processes)
         optimizer = max(_optimizer_ms(run, job, hardware) for run in runs)
         sums = max(_sums_ms(run, job, hardware) for run in runs)
-        step = simulated(program, costs, job.message_bytes, link, sums, optimizer)
+        step = simulated(program, costs, job.message_bytes, link, sums, optimizer, job.at_once)
     return DryRun(job, hardware, runs, program, table, step)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipehc.planning.search.units import Composed, Composer
 from pipehc.planning.search.walk import Outline, activations_peak, outlines
 from pipehc.schedules import Costs, Program, build, compile
 from pipehc.schedules.auto import SEARCHED
+from pipehc.schedules.deferral import at_once
 
 GIB = 2**30
 
@@ -123,7 +124,7 @@ def fill_memory(found: Candidate, hardware: Hardware) -> None:
 def fill_step(found: Candidate, hardware: Hardware) -> None:
     """ms and utilisation."""
     config, composed = found.config, found.composed
-    costs = _costs(composed, config, hardware)
+    costs = replace(_costs(composed, config, hardware), at_once=at_once(config.schedule.deferred))
     found.ms = stepped(program_of(config), costs, composed.sums_ms, composed.optimizer_ms).ms
     peak = hardware.matmul.bf16_tflops if config.train.precision == "bf16" else hardware.matmul.fp32_tflops
     work = model_flops(composed.table) * config.microbatches(config.parallel.dp or 1)
