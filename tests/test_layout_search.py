@@ -57,15 +57,11 @@ def test_composed_figures_are_those_of_a_whole_dry_run():
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("schedule.name=1f1b", "recompute.enabled=false"),
-        ("schedule.name=interleaved",),
+        ("schedule.name=1f1b", "recompute.enabled=false", "residual.kind=none"),
+        ("schedule.name=interleaved", "model.dense_blocks=0"),
         ("schedule.name=zbv", "parallel.blocks_per_stage=[1,2,2,1]"),
         ("schedule.name=dualpipev", "train.micro_batch=1"),
-        ("model.dense_blocks=0",),
-        ("model.dense_blocks=6",),
-        ("residual.kind=none", "recompute.enabled=false"),
-        ("runtime.overlap=false",),
-        ("parallel.tp=2", "parallel.ep=2", "train.sequence_length=128"),
+        ("model.dense_blocks=6", "runtime.overlap=false"),
         ("model.mtp_depth=2", "schedule.name=1f1b"),
         ("model.mtp_depth=2", "parallel.tp=2", "parallel.ep=2", "train.sequence_length=128"),
     ],

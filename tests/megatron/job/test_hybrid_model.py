@@ -17,10 +17,10 @@ def reference():
     """What one process computes under Megatron's own schedule, by residual and what else it is given."""
     found = {}
 
-    def of(residual, **arguments):
-        key = residual, repr(arguments)
+    def of(residual, steps=1, **arguments):
+        key = residual, steps, repr(arguments)
         if key not in found:
-            found[key] = run_ranks(train, 1, {"pattern": WHOLE, "residual": residual, **arguments}, 3, timeout=240)[0]
+            found[key] = run_ranks(train, 1, {"pattern": WHOLE, "residual": residual, **arguments}, steps, timeout=240)[0]
         return found[key]
 
     return of
@@ -46,10 +46,15 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("processes", "residual", "arguments"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=str
-)
+@pytest.mark.parametrize(("processes", "residual", "arguments"), QUICK, ids=str)
+def test_three_steps_equal_megatrons_own_schedule(reference, processes, residual, arguments):
+    check(reference(residual, 3), processes, residual=residual, **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "residual", "arguments"), SLOW, ids=str)
 def test_equals_megatrons_own_schedule(reference, processes, residual, arguments):
+    """A step, and the loss after it."""
     check(reference(residual), processes, residual=residual, **arguments)
 
 

@@ -31,14 +31,14 @@ def train(rank, arguments, steps=3, microbatches=8):
     return found, job.evaluate(7, share)
 
 
-def check(processes, arguments):
+def check(processes, arguments, steps):
     model = {name: arguments[name] for name in ("residual", "model_options") if name in arguments}
     options = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3} | arguments.get("options", {})
     whole = {name: value for name, value in options.items() if name != "pipeline_model_parallel_layout"}
-    expected, evaluation = run_ranks(train, 1, model | {"options": whole}, timeout=240)[0]
+    expected, evaluation = run_ranks(train, 1, model | {"options": whole}, steps, timeout=240)[0]
     logged = 0
-    for steps, evaluated in run_ranks(train, processes, arguments | {"options": options}, timeout=240):
-        for (loss, norm, depths), (other_loss, other_norm, other_depths) in zip(steps, expected, strict=True):
+    for found, evaluated in run_ranks(train, processes, arguments | {"options": options}, steps, timeout=240):
+        for (loss, norm, depths), (other_loss, other_norm, other_depths) in zip(found, expected, strict=True):
             assert loss == pytest.approx(other_loss, abs=1e-6) and norm == pytest.approx(other_norm, rel=1e-5)
             if depths is not None:
                 assert depths == pytest.approx(other_depths, rel=1e-6)
@@ -67,8 +67,13 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("processes", "arguments"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=str
-)
+@pytest.mark.parametrize(("processes", "arguments"), QUICK, ids=str)
+def test_three_steps_equal_megatrons_own_schedule(processes, arguments):
+    check(processes, arguments, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "arguments"), SLOW, ids=str)
 def test_equals_megatrons_own_schedule(processes, arguments):
-    check(processes, arguments)
+    """A step, and the loss after it."""
+    check(processes, arguments, 1)
