@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 from pipehc.planning.dry_run.hardware import Link
@@ -65,13 +66,15 @@ def simulation_costs(nodes: Nodes, message_bytes: int, link: Link) -> Costs:
 
 
 def _rows(forward: Sequence[NodeCost], found: Sequence[NodeCost], kind: str) -> list[tuple[str, str, float]]:
-    """What is outside of nodes goes to the last one; of W, to all in proportion: outside of pairs nothing says whose it is."""
+    """What is outside of nodes goes to the last one; of W, to all in proportion, as small additions that its host launches while
+    the device is at its products."""
     named = [(name, queue, cost.ms) for name, queue, cost in found if name]
     named = named or [(next(name for name, *_ in forward if name), "compute", 0.0)]
     rest = sum(cost.ms for name, _, cost in found if not name)
     of_nodes = sum(ms for *_, ms in named)
     if kind == "W" and of_nodes:
-        return [(name, queue, ms * (1 + rest / of_nodes)) for name, queue, ms in named]
+        whole = reduce(Cost.plus, (cost for *_, cost in found)).ms
+        return [(name, queue, ms * whole / of_nodes) for name, queue, ms in named]
     name, queue, ms = named[-1]
     return [*named[:-1], (name, queue, ms + rest)]
 
