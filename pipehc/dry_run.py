@@ -26,7 +26,7 @@ from pipehc.planning.dry_run.shortened import distinct_ranks, one_each, shortene
 from pipehc.planning.dry_run.summary import DryRun, assemble
 from pipehc.planning.dry_run.tracker import Tracker, Where
 from pipehc.schedules import Costs, Schedule, compile
-from pipehc.searched import deferred_by
+from pipehc.searched import deferred_by, deferring
 from pipehc.trainer import Trainer
 
 
@@ -182,8 +182,7 @@ def dry_runs(
             raise ConfigError(f"search: {error}") from error
         searched = schedule if config.schedule.name == "auto" else None
         if searched is not None:
-            deferred = deferred_by(config, schedule, costs)
-            config = config.model_copy(update={"schedule": config.schedule.model_copy(update={"deferred": deferred})})
+            config = deferring(config, deferred_by(config, schedule, costs))
         prepared.append((config, dp, compile(schedule, recompute=config.recompute.enabled, high=True, hosts_wait=True), len(own)))
         requests += [Request(shortened(config, dp), rank, searched, imbalance) for rank in own]
     found = iter(run_ranks(requests))
@@ -194,7 +193,7 @@ def costs_for_search(config: Config, hardware: Hardware, imbalance: float = 1.0)
     """What every stage of a configuration with schedule.name auto costs, in ms, before there is a schedule."""
     dp = config.parallel.dp or config.smallest_dp
     check_world_size(config, config.parallel.pp * config.parallel.tp * dp)
-    config = config.model_copy(update={"schedule": config.schedule.model_copy(update={"deferred": None})})
+    config = deferring(config, None)
     schedule = one_each(config.placement)
     batch = schedule.microbatches * dp * config.train.micro_batch
     short = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})

@@ -58,6 +58,11 @@ def deferred_by(config: Config, schedule: Schedule, costs: Costs | None) -> tupl
     return parts_to_defer(compile(schedule, recompute=config.recompute.enabled, high=True), costs)
 
 
+def deferring(config: Config, deferred: tuple[str, ...] | None) -> Config:
+    """The configuration with another `schedule.deferred`."""
+    return config.model_copy(update={"schedule": config.schedule.model_copy(update={"deferred": deferred})})
+
+
 def _costs(config: Config, dp: int) -> tuple[Costs | None, str]:
     """With where they come from, in words."""
     if given_costs(config) is not None:
@@ -65,7 +70,7 @@ def _costs(config: Config, dp: int) -> tuple[Costs | None, str]:
     gpu = config.search.gpu or gpu_here(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
     hardware = load_hardware(gpu, "search.gpu:")
     single = config.model_copy(update={"parallel": config.parallel.model_copy(update={"dp": dp})})
-    single = single.model_copy(update={"schedule": single.schedule.model_copy(update={"deferred": None})})
+    single = deferring(single, None)
     data = single.model_dump(mode="json")
     train = {key: data["train"][key] for key in ("micro_batch", "sequence_length", "precision")}
     identity = {name: data[name] for name in _DEPENDS}
