@@ -42,7 +42,7 @@ def compile(
     earliest = check(schedule).earliest
     lowered = [_lower_row(schedule, rank, split_backward, recompute, high) for rank in range(schedule.ranks)]
     dependence = Dependence(lowered, earliest)
-    placed = add_posts(lowered, dependence, ahead, hosts_wait)
+    placed = add_posts(lowered, dependence, earliest, ahead, hosts_wait)
     if hosts_wait:
         program, clocks = _with_buffers(schedule, placed, Reuse(), ahead + 1)
         check_hosts_wait(program)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from pipehc.schedules.node_costs import Key, NodeCost, Nodes, Table, frozen_nodes, frozen_table
+from pipehc.schedules.pair_order import kind_of
 from pipehc.schedules.placement import Placement
 
 Weights = tuple[float, ...] | tuple[tuple[float, ...], ...]
@@ -159,7 +160,7 @@ class Costs:
     def computed_at_once(self, stage: int) -> dict[str, float]:
         """What the weight gradients take that an I computes itself, by node."""
         nodes = self._nodes.get((stage, "W"), ())
-        return {node.name: node.ms for node in nodes if node.name.rpartition(".")[2] in self.at_once}
+        return {node.name: node.ms for node in nodes if kind_of(node.name) in self.at_once}
 
     def _at_once(self, stage: int) -> float:
         return sum(self.computed_at_once(stage).values()) if self.at_once else 0.0

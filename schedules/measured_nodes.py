@@ -8,8 +8,8 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from pipehc.schedules.costs import Costs
-from pipehc.schedules.node_costs import Key, NodeCost, Queue
-from pipehc.schedules.pair_order import ALL_TO_ALLS
+from pipehc.schedules.node_costs import Key, NodeCost, Queue, names
+from pipehc.schedules.pair_order import ALL_TO_ALLS, kind_of
 from pipehc.schedules.recording import Recording
 from pipehc.schedules.spans import Span
 
@@ -116,7 +116,7 @@ def _parts(spans: Iterable[Span]) -> dict[Part, float]:
             waiting += span.end - span.start
             continue
         name = span.what.split()[1]
-        move = name.rpartition(".")[2] in ALL_TO_ALLS
+        move = kind_of(name) in ALL_TO_ALLS
         queue: Queue = "high" if span.queue == "high" else "communication" if move else "compute"
         part = name, queue
         found[part] = found.get(part, 0.0) + span.end - span.start + waiting
@@ -152,4 +152,5 @@ def _weight_nodes(actions: list[_Action], backward: list[NodeCost]) -> list[Node
     whole = mean(sum(action.nodes.values()) if action.whole is None else action.whole for action in actions)
     times = {name: mean(action.nodes.get((name, queue), 0.0) for action in paired) for name, queue in paired[0].nodes}
     scale = whole / sum(times.values()) if sum(times.values()) else 1.0
-    return [NodeCost(name, "compute", time * scale) for name, time in times.items()]
+    order = names(backward)  # pairs have another
+    return [NodeCost(name, "compute", times[name] * scale) for name in sorted(times, key=order.index)]

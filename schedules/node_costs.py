@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from pipehc.schedules.pair_order import NODE_KINDS, pair_order
+from pipehc.schedules.pair_order import NODE_KINDS, kind_of, pair_order
 
 Queue = Literal["compute", "high", "communication"]
 Key = tuple[int, str]  # stage, kind: F, B (the input gradient alone), W or R
@@ -94,7 +94,7 @@ def pair_steps(
 
 def _check_order(nodes: Mapping[Key, Sequence[NodeCost]], stage: int) -> None:
     order = names(nodes.get((stage, "F"), ()))
-    wanted = sorted(order, key=lambda name: (_first(order, name), NODE_KINDS.index(name.rpartition(".")[2])))
+    wanted = sorted(order, key=lambda name: (_first(order, name), NODE_KINDS.index(kind_of(name))))
     if order != wanted:
         raise ValueError(
             f"costs.nodes[{_show((stage, 'F'))}]: must have block after block, each in the order {', '.join(NODE_KINDS)}; "

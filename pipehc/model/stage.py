@@ -18,6 +18,7 @@ from pipehc.model.sublayers import CONTEXT
 from pipehc.model.wgrad import WeightGradStore
 from pipehc.recompute import Chain, Exchange, Pass, SavedBytes
 from pipehc.recompute.chain import QueueName
+from pipehc.schedules.pair_order import WEIGHTED, kind_of
 
 Batch = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
@@ -84,7 +85,7 @@ class ChainStage(ABC):
         for index in reversed(range(len(pieces))):
             live.run.backward(index)
             if not index or not isinstance(pieces[index - 1], Exchange):  # beside the all-to-all that its node ends with
-                live.store.compute(self._at_once)
+                live.store.compute(lambda node: kind_of(node) in self._at_once)
         return self.end_backward(live)
 
     def backward_weight(self, microbatch: int) -> None:
@@ -105,9 +106,9 @@ class ChainStage(ABC):
         return Overlapped(self, microbatch, x, other, other_microbatch, grad)
 
     def flush(self, microbatch: int, store: WeightGradStore, node: str) -> None:
-        """Computes the weight gradients owed so far, as a part of W that belongs to a node."""
+        """Computes the weight gradients owed so far by a node, and by those that have no turn of their own."""
         ended = None if self._watch is None else self._watch("W", microbatch, node, "compute")
-        store.compute()
+        store.compute(lambda owed: owed == node or kind_of(owed) not in WEIGHTED)
         if ended is not None:
             ended()
 

@@ -12,7 +12,7 @@ flushed in any order. The gradients of small parameters (`StandIns`) are compute
     store.flush()                          # W
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -66,12 +66,12 @@ class WeightGradStore:
         """Owe to add a gradient that is there."""
         self._there.append((accumulate, gradient))
 
-    def compute(self, kinds: Collection[str] | None = None) -> None:
+    def compute(self, which: Callable[[str], bool] = lambda node: True) -> None:
         """Compute the weight gradients owed so far, in the order in which the backward met them; what they held is freed as it
-        goes. Gradients that are there wait for `flush`: another queue may be at them still. kinds: only those of nodes BLOCK.KIND
-        of these kinds."""
-        owed = [one for one in self._owed if kinds is None or one[0].rpartition(".")[2] in kinds]
-        self._owed = [] if kinds is None else [one for one in self._owed if one[0].rpartition(".")[2] not in kinds]
+        goes. Gradients that are there wait for `flush`: another queue may be at them still. which: says by node, BLOCK.KIND,
+        whether those that its backward met are to be computed."""
+        owed = [one for one in self._owed if which(one[0])]
+        self._owed = [one for one in self._owed if not which(one[0])]
         owed.reverse()
         while owed:
             node, compute = owed.pop()

@@ -31,7 +31,7 @@ class Written:
 def order(ahead, back, dense=1, host_ahead=False):
     log = []
     halves = [Half(chain, Written(log, chain, host_ahead)) for chain in (Toy(ahead, dense).chain(), Toy(back, dense).chain())]
-    for mark in overlap(*halves, lambda node: log.append("W")):
+    for mark in overlap(*halves, lambda node: log.append(f"W {node}")):
         log.append(mark)
     return log
 
@@ -41,17 +41,29 @@ def test_blocks_with_experts_are_figure_4():
     assert order(2, 2, dense=0) == [
         *("B 1.mlp.post", "B 1.mlp.sum", "B 1.mlp.combine"),
         *("F 0.attention.pre", "F 0.attention.f", "F 0.attention.post_pre", "F 0.mlp.route", "F 0.mlp.dispatch"),
-        *("B 1.mlp.experts", "B 1.mlp.dispatch", "W"),
+        *("B 1.mlp.experts", "B 1.mlp.dispatch"),
         *("F 0.mlp.experts", "F 0.mlp.combine"),
         *("B 1.mlp.route", "B 1.attention.post_pre", "B 1.attention.f"),
-        *("B 0.mlp.post_pre", "B 0.mlp.sum", "B 0.mlp.combine", "W"),
         *("F 0.mlp.sum", "F 0.mlp.post_pre"),
+        *("B 0.mlp.post_pre", "B 0.mlp.sum", "B 0.mlp.combine"),
         *("F 1.attention.f", "F 1.attention.post_pre", "F 1.mlp.route", "F 1.mlp.dispatch"),
-        *("B 0.mlp.experts", "B 0.mlp.dispatch", "W"),
-        *("F 1.mlp.experts", "F 1.mlp.combine"),
-        *("B 0.mlp.route", "B 0.attention.post_pre", "B 0.attention.f", "B 0.attention.pre"),
-        *("F 1.mlp.sum", "F 1.mlp.post", "output", "gradient", "W", "end"),
+        *("B 0.mlp.experts", "B 0.mlp.dispatch"),
+        *("F 1.mlp.experts", "F 1.mlp.combine", "W 0.mlp", "F 1.mlp.sum", "F 1.mlp.post", "output"),
+        *("B 0.mlp.route", "B 0.attention.post_pre", "B 0.attention.f", "B 0.attention.pre", "gradient"),
+        *("W 1.mlp", "W 1.attention", "W 0.attention", "end"),
     ]
+
+
+def test_weight_gradients_of_the_last_blocks_hide_messages_and_those_before_all_to_alls():
+    log = order(4, 4, dense=0)
+    output, gradient = log.index("output"), log.index("gradient")
+    assert [line for line in log[gradient:] if line.startswith("W ")] == ["W 1.mlp", "W 1.attention", "W 0.attention"]
+    assert [line for line in log[:output] if line.startswith("W ")] == [
+        *("W 3.mlp", "W 3.attention", "W 2.mlp", "W 2.attention", "W 0.mlp"),
+    ]
+    assert log.index("W 3.mlp") == log.index("B 3.mlp.dispatch") + 1
+    assert log.index("W 3.attention") == log.index("B 2.mlp.combine") + 1
+    assert log.index("W 0.mlp") == log.index("F 3.mlp.combine") + 1
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
@@ -70,8 +82,9 @@ def test_on_a_device_the_same_order_on_each_queue_and_experts_backward_before_th
 
 def test_dense_blocks_leave_the_exchanges_out():
     assert order(1, 1) == [
-        *("B 0.mlp.post", "F 0.attention.pre", "F 0.attention.f", "F 0.attention.post_pre", "B 0.mlp.f", "W", "F 0.mlp.f"),
-        *("B 0.attention.post_pre", "B 0.attention.f", "B 0.attention.pre", "F 0.mlp.post", "output", "gradient", "W", "end"),
+        *("B 0.mlp.post", "F 0.attention.pre", "F 0.attention.f", "F 0.attention.post_pre", "B 0.mlp.f", "F 0.mlp.f"),
+        *("F 0.mlp.post", "output", "B 0.attention.post_pre", "B 0.attention.f", "B 0.attention.pre", "gradient"),
+        *("W 0.mlp", "W 0.attention", "end"),
     ]
 
 
@@ -84,7 +97,7 @@ def test_all_pieces_run_once_in_their_order(ahead, back):
     assert [line[2:] for line in log if line.startswith("B ")] == names[::-1]
     assert log.index("output") > max(i for i, line in enumerate(log) if line.startswith("F "))
     assert log.index("gradient") > max(i for i, line in enumerate(log) if line.startswith("B "))
-    last_w = max(i for i, line in enumerate(log) if line == "W")
+    last_w = max(i for i, line in enumerate(log) if line.startswith("W "))
     assert log.index("gradient") < last_w
 
 
@@ -126,7 +139,7 @@ def test_what_runs_is_what_the_simulator_takes_for_it(ahead, back):
         if isinstance(turn, str):
             expected.append(turn)
         elif turn[0] == "W":
-            expected.append("W")
+            expected.append(f"W {turn[1]}")
         else:
             expected += [f"{turn[0]} {name}" for name in (pieces[0][turn[1]] if turn[0] == "F" else pieces[1][turn[1]][::-1])]
     assert order(ahead, back) == expected

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipehc.planning.dry_run.tracker import Block, Moment, Where
+from pipehc.schedules.pair_order import kind_of
 
 CATEGORIES = (
     "parameters",
@@ -46,7 +47,7 @@ def peak(history: Iterable[Block], moment: Moment, makers: int = 12) -> Peak:
         category = _category(block)
         by_category[category] += block.nbytes
         if category not in ("parameters", "gradients", "optimizer"):
-            by_maker[category, block.where.node.rpartition(".")[2] or block.where.kind, block.name] += block.nbytes
+            by_maker[category, kind_of(block.where.node) or block.where.kind, block.name] += block.nbytes
         if block.born == moment.clock:
             at = block.where
     assert sum(by_category.values()) == moment.live, "the history does not explain the peak"
