@@ -12,14 +12,14 @@ come first:
 The last mlp_post B and combine B in a row are those of the block that is next, so that attention W, which waits for nothing, hides
 them and combine F.
 
-Weight gradients wait for nothing, and nothing waits for them: those of the last HELD blocks of the backward come after both stage
-messages have left, and hide them. One does not: mlp W of the forward's last block lies behind mlp F and hides combine F, so that the
-output leaves before attention B, and the gradient, which may go the same way, after it:
+Weight gradients wait for nothing, and nothing waits for them: those of the last HELD blocks of the backward come after both
+stage messages have left, and hide them. One does not: mlp W of the forward's last block lies behind mlp F and hides combine F, so
+that the output leaves before attention B, and the gradient, which may go the same way, after it:
 
-    compute        | attention F |            | mlp B | mlp F      | mlp W      | attention B |          all other W |
-    communication  |             | dispatch F | dispatch B         | combine F  |
-    high           |                                                            | mlp_post F
-    messages                                                                                 | output     | gradient
+    compute        | attention F |            | mlp B | mlp F      | mlp W     | attention B |            other W |
+    communication  |             | dispatch F | dispatch B         | combine F |
+    high           |                                                           | mlp_post F
+    messages       |                                                                        | output   | gradient
 
 Where the host issues work ahead of a device, mlp B comes before dispatch F: the host must know how many tokens go where before it
 can issue dispatch F, waits for that, and meanwhile the compute queue has mlp B to do. The order on each queue is the same.
@@ -49,9 +49,9 @@ def pair_order(ahead: Sequence[str], back: Sequence[str], host_ahead: bool = Fal
     """The turns of all nodes of a pair.
 
     ahead, back: the nodes of the stage of the forward and of that of the backward, BLOCK.KIND, both in forward order. host_ahead:
-    the host issues work to a device (see above). Yields F and B with the node whose forward or backward is next, W with the node
-    whose weight gradients are; between them "output" when the forward is issued, "gradient" when the input gradient of the backward
-    is, and "end" when all is; the first two in the order in which they come. A half with more blocks has the rest of them to itself.
+    the host issues work to a device (see above). Yields F, B and W with the node whose forward, backward or weight gradients are
+    next; between them "output" when the forward is issued, "gradient" when the input gradient of the backward is, and "end" when
+    all is; the first two in the order in which they come. A half with more blocks has the rest of them to itself.
     """
     forwards, backwards = blocks(ahead), blocks(back)[::-1]
 
