@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import nn
@@ -126,7 +127,10 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * (group["max_lr"] / self._settings.lr)
                 group["weight_decay"] = self._settings.weight_decay * group["wd_mult"]
-        self._megatron.step_with_ready_grads()
+            # Without the all-gather that follows there: with experts there are two parts, and either would gather all weights.
+            MixedPrecisionOptimizer.step_with_ready_grads(part)
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
         self._steps += 1
         return norm
 

@@ -229,6 +229,28 @@ def test_expert_biases_follow_the_load():
                 assert torch.equal(torch.from_numpy(rank[step][name][1]), bias), (name, step)
 
 
+def test_every_weight_is_gathered_once_a_step():
+    config = tiny_config("parallel.ep=2")
+
+    def count(rank):
+        groups = build_groups(2, 1, 2, True)
+        models = held(config, groups)
+        optimizer = build_optimizer(config, groups, list(models.values()))
+        calls: list[int] = []
+        own = [group for chunk in optimizer._chunks for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
+        for k, group in enumerate(own):
+            gather = group.start_param_sync
+            group.start_param_sync = lambda *args, _k=k, _gather=gather, **kwargs: (calls.append(_k), _gather(*args, **kwargs))
+        optimizer.zero_grad()
+        accumulate(config, groups, models, 0)
+        optimizer.reduce_gradients()
+        optimizer.step(0.1)
+        return calls, len(own)
+
+    for calls, groups in run_ranks(count, 4):
+        assert sorted(calls) == list(range(groups)) and groups > 2
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_gradient_that_is_not_finite_changes_nothing(bad):
     config = tiny_config()
