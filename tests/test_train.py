@@ -241,10 +241,10 @@ def test_a_tokenizer_without_a_token_for_the_text_is_named_by_every_rank(write, 
     tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"document": 0}, "unk_token": "[UNK]"},
                  "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []}  # fmt: skip
     (tmp_path / "words.json").write_text(json.dumps(tokenizer))
-    result = train(write(), f"data.tokenizer={tmp_path / 'words.json'}", timeout=60)
-    ours = our_part(result.stderr)
-    assert ours.count("configuration error") == 1 and "data.tokenizer: " in ours and "no token for '0'" in ours, ours
-    assert "(in 0.txt)" in ours and "Traceback" not in ours and "exitcode  : 2" in result.stderr
+    result = train_here(write(), f"data.tokenizer={tmp_path / 'words.json'}", processes=2)
+    said = result.stderr
+    assert said.count("configuration error") == 2 and "data.tokenizer: " in said and "no token for '0'" in said, said
+    assert "(in 0.txt)" in said and "Traceback" not in said and result.returncode == 2
 
 
 @pytest.mark.slow
@@ -280,30 +280,31 @@ def test_ranks_end_when_torchrun_is_killed(write, tmp_path):
     assert second.returncode == 2 and "another training runs there" in second.stderr, second.stderr
 
 
+def test_broken_configurations_under_torchrun(write):
+    """Every process exits with 2 and one of them speaks; torchrun's own report follows."""
+    result = train(write(), "parallel.pp=3", "model.blocks=6", timeout=60)
+    assert result.returncode != 0
+    ours = our_part(result.stderr)
+    assert ours.count("configuration error") == 1 and "parallel.pp: 3" in ours, result.stderr
+    assert "Traceback" not in ours, ours
+    assert "exitcode  : 2" in result.stderr, result.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["parallel.pp=3", "model.blocks=6"], "parallel.pp: 3"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                (["train.global_batch=2"], "train.global_batch: 2"),
-                (["parallel.pp=4", "train.global_batch=8"], "number of processes"),
-                (["data.paths=[/nowhere]"], "data.paths: '/nowhere'"),
-                (["train.stepz=3"], "train.stepz"),
-                (["train.sequence_length=100000"], "sequence_length"),
-            )
-        ),
+        (["train.global_batch=2"], "train.global_batch: 2"),
+        (["parallel.pp=4", "train.global_batch=8"], "number of processes"),
+        (["data.paths=[/nowhere]"], "data.paths: '/nowhere'"),
+        (["train.stepz=3"], "train.stepz"),
+        (["train.sequence_length=100000"], "sequence_length"),
     ],
 )
 def test_broken_configurations_on_several_processes(write, overrides, said):
-    """Every process exits with 2 and one of them speaks; torchrun's own report follows."""
-    result = train(write(), *overrides, timeout=60)
-    assert result.returncode != 0
-    ours = our_part(result.stderr)
-    assert ours.count("configuration error") == 1 and said in ours, result.stderr
-    assert "Traceback" not in ours, ours
-    assert "exitcode  : 2" in result.stderr, result.stderr
+    result = train_here(write(), *overrides, processes=2)  # where no torchrun names the first, every rank speaks
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("configuration error") == 2 and said in result.stderr, result.stderr
 
 
 def test_processes_share_a_gpu_only_where_messages_go_through_host_memory(write):
