@@ -7,15 +7,20 @@ import torch
 from torch import nn
 
 from pipehc.kernels.differentiation import watch_gradient
+from pipehc.megatron.norm import rms_norm
 from pipehc.model.hyper_connection import HyperConnection
-from pipehc.model.norm import Norm
+from pipehc.model.norm import Norm, RMSNorm
 from pipehc.model.sublayers import Coefficients, Connection
 
 
 class PlainConnection(nn.Module):
-    """The baseline: one stream, x + F(x)."""
+    """The baseline: one stream, x + F(x). fused: an RMSNorm before F is one launch, as a hyper-connection's is none."""
 
     track = False
+
+    def __init__(self, fused: bool = False) -> None:
+        super().__init__()
+        self._fused = fused
 
     def forward(self, x: torch.Tensor, previous: Any = None, norm: Norm | None = None) -> tuple[Any, ...]:
         """As HyperConnection's."""
@@ -25,6 +30,8 @@ class PlainConnection(nn.Module):
         return before.post_res_pre(x, f, h_post, h_res, self, norm)
 
     def coefficients_pre(self, x: torch.Tensor, norm: Norm | None = None) -> tuple[torch.Tensor, None, None]:
+        if self._fused and isinstance(norm, RMSNorm):
+            return rms_norm(x, norm.weight(), norm.eps), None, None
         return (x if norm is None else norm(x)), None, None
 
     def post_res(
@@ -47,10 +54,11 @@ class PlainConnection(nn.Module):
         return x, *following.coefficients_pre(x, norm)
 
 
-def build_connection(hidden_size: int, residual: Any, sublayer: int) -> Connection:
-    """The connection that the section `residual` of the configuration asks for. sublayer: its number in the whole model."""
+def build_connection(hidden_size: int, residual: Any, sublayer: int, fused: bool) -> Connection:
+    """The connection that the section `residual` of the configuration asks for. sublayer: its number in the whole model. fused: see
+    PlainConnection."""
     if residual.kind == "none":
-        return PlainConnection()
+        return PlainConnection(fused)
     return HyperConnection(
         hidden_size,
         residual.streams,

@@ -22,7 +22,7 @@ class HyperConnectionLayer(TransformerLayer):
     residual: settings as in the section `residual` of our configuration. ends: the first layer of the model takes one stream
     [s, b, C] and copies it, the last one returns one, and one of multi-token prediction, which lies behind that, does both;
     without it, expanding and contracting are left to the caller. single: a layer of HybridModel, which is attention or FFN; else it
-    is both. `attention_connection` and `mlp_connection` are of what there is.
+    is both. `attention_connection` and `mlp_connection` are of what there is. fused: see PlainConnection.
 
     Raises:
         ValueError: if `config` or `submodules` ask for what the layer does not do, naming the option and the remedy.
@@ -37,6 +37,7 @@ class HyperConnectionLayer(TransformerLayer):
         residual: Any,
         ends: bool = False,
         single: bool = False,
+        fused: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
@@ -45,7 +46,7 @@ class HyperConnectionLayer(TransformerLayer):
         predicts = bool(kwargs.get("is_mtp_layer"))  # Megatron counts these from 1 again
         self.model_sublayers = config.num_layers * len(self._nodes.kinds)
         for sublayer, kind in enumerate(self._nodes.kinds, self._nodes.first + (self.model_sublayers if predicts else 0)):
-            self.add_module(f"{kind}_connection", build_connection(config.hidden_size, residual, sublayer))
+            self.add_module(f"{kind}_connection", build_connection(config.hidden_size, residual, sublayer, fused))
         self.residual = residual
         self.streams = 1 if residual.kind == "none" else residual.streams
         self.exit = residual.exit

@@ -13,7 +13,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-from pipehc.megatron.trainer.norm import rms_norm
+from pipehc.megatron.norm import rms_norm
 from pipehc.megatron.trainer.rebuilt import rebuilt
 from pipehc.megatron.trainer.rotary import Rotation
 

@@ -19,11 +19,11 @@ from torch import nn
 
 from pipehc.megatron.feed_forward import Experts, FeedForward, Mlp, SharedExperts
 from pipehc.megatron.layer import HyperConnectionLayer
+from pipehc.megatron.norm import TorchRMSNorm, rms_norm
 from pipehc.megatron.trainer.attention import CoreAttention, LatentAttention
 from pipehc.megatron.trainer.cross_entropy import cross_entropy, likeliest
 from pipehc.megatron.trainer.cuts import cut_of
 from pipehc.megatron.trainer.groups import Groups
-from pipehc.megatron.trainer.norm import TorchRMSNorm, rms_norm
 from pipehc.megatron.trainer.prediction import Prediction, share_of_depth
 from pipehc.megatron.trainer.rotary import Rotation
 from pipehc.megatron.trainer.tied import mark_copy
@@ -112,7 +112,7 @@ def layer_spec(config: MLATransformerConfig, residual: Any, block: int, fused: b
     mlp = spec.submodules.mlp
     norms = {"input_layernorm": TorchRMSNorm, "pre_mlp_layernorm": TorchRMSNorm}
     submodules = replace(spec.submodules, self_attention=attention, mlp=_own(mlp) if fused else mlp, **norms)
-    return replace(spec, module=HyperConnectionLayer, params={"residual": residual}, submodules=submodules)
+    return replace(spec, module=HyperConnectionLayer, params={"residual": residual, "fused": fused}, submodules=submodules)
 
 
 def _own(mlp: Any) -> Any:

@@ -12,7 +12,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from pipehc.megatron.trainer.norm import TorchRMSNorm
+from pipehc.megatron.norm import TorchRMSNorm
 
 # Tokens that are rolled in at the end: Megatron's choice. No label that counts is predicted from them.
 _NO_TOKEN, _NO_LABEL = 0, -1
