@@ -19,7 +19,7 @@ class Half(NamedTuple):
 def overlap(forward: Half, backward: Half, flush: Callable[[str], None]) -> Iterator[Mark]:
     """Issues the nodes of both halves in turn.
 
-    flush: computes the weight gradients owed so far, at the turn of the node that it is given. Yields the marks of `pair_order`.
+    flush: computes the weight gradients of the node that it is given, at its turn. Yields the marks of `pair_order`.
     The backward's gradient must be seeded.
     """
     ahead, back = ({node.name: node for node in half.chain.nodes} for half in (forward, backward))

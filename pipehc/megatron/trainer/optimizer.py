@@ -129,8 +129,7 @@ class Optimizer:
                 group["weight_decay"] = self._settings.weight_decay * group["wd_mult"]
             # Without the all-gather that follows there: with experts there are two parts, and either would gather all weights.
             MixedPrecisionOptimizer.step_with_ready_grads(part)
-        for chunk in self._chunks:
-            chunk.start_param_sync(force_sync=True)
+        self._gather_weights()
         self._steps += 1
         return norm
 
@@ -180,9 +179,13 @@ class Optimizer:
         self._tied.follow(self._owned_tensors)
         for part in self._parts:
             part._copy_main_params_to_model_params()
+        self._gather_weights()
+        self._set_steps(int(self._steps))
+
+    def _gather_weights(self) -> None:
+        """Give every replica what the others own of the weights."""
         for chunk in self._chunks:
             chunk.start_param_sync(force_sync=True)
-        self._set_steps(int(self._steps))
 
     def _owned_tensors(self, wanted: nn.Parameter) -> list[torch.Tensor]:
         found = ((part, shard) for part in self._parts for parameter, shard, _ in _owned(part) if parameter is wanted)
