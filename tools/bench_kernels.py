@@ -4,7 +4,8 @@
 
 Reports microseconds per forward + backward of one sub-layer's operations (branch left out), the bandwidth that its least traffic in
 that time amounts to, and which fraction of the device's copy bandwidth that is; and how long every kernel of a boundary between two
-sub-layers takes, without and with the norm of y. Without a GPU it says so and ends with status 0.
+sub-layers takes, without and with the norm of y: `tools/measure_hardware.py` writes that, against the memory's rate, into a hardware
+file. Without a GPU it says so and ends with status 0.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import argparse
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pipehc.kernels import coefficients_pre, post_res, post_res_pre
+from pipehc.kernels.language import noting
 from pipehc.kernels.manifolds import Birkhoff
+from pipehc.planning.dry_run import operations
+from pipehc.planning.dry_run.operations import Operation
 
 UNITS = {"forward": lambda n: 3 * n + 2, "forward + backward": lambda n: 7 * n + 5}
 """Least traffic in units of T*C elements with pre and post_res apart: 14 forward, 19 backward at n = 4."""
@@ -116,13 +121,16 @@ def bench(tokens: int, n: int, channels: int, bandwidth: float) -> list[dict[str
     return rows
 
 
-def kernels(tokens: int, n: int, channels: int, norm: bool, repeats: int = 9) -> list[dict[str, Any]]:
-    """Median device time of every kernel of coefficients_pre, post_res_pre and post_res in a row, forward and then backward: the
-    first backward of each kind is post_res_pre's."""
-    generator = torch.Generator(device="cuda").manual_seed(0)
+def boundary(tokens: int, n: int, channels: int, norm: bool, device: str = "cuda") -> Callable[[], None]:
+    """What runs coefficients_pre, post_res_pre and post_res in a row, forward and then backward, in bf16: the first backward of each
+    kind is post_res_pre's. On `meta` tensors nothing is computed."""
+    generator = torch.Generator(device="cpu" if device == "meta" else device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device) if device == "meta" else torch.randn(*shape, generator=generator, device=device)
 
     def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator, device="cuda")).to(dtype).requires_grad_()
+        return (scale * random(*shape)).to(dtype).requires_grad_()
 
     def parameters() -> tuple[Tensor, ...]:
         columns = n * n + 2 * n
@@ -132,7 +140,7 @@ def kernels(tokens: int, n: int, channels: int, norm: bool, repeats: int = 9) ->
     x, f, f_next, weight = leaf(tokens, n, channels), leaf(tokens, channels), leaf(tokens, channels), leaf(channels)
     first, second = parameters(), parameters()
     settings: dict[str, Any] = {"manifold": Birkhoff()} | ({"norm": weight, "eps": 1e-6} if norm else {})
-    d_x, d_y = torch.randn_like(x), torch.randn_like(f)
+    d_x, d_y = random(*x.shape).to(x.dtype), random(*f.shape).to(x.dtype)
 
     def chain() -> None:
         y, h_post, h_res = coefficients_pre(x, *first, **settings)
@@ -140,8 +148,27 @@ def kernels(tokens: int, n: int, channels: int, norm: bool, repeats: int = 9) ->
         last = post_res(middle, f_next, h_post, h_res)
         torch.autograd.grad([last, y, y_next], [x, f, f_next, *first, *second, *([weight] if norm else [])], [d_x, d_y, d_y])
 
+    return chain
+
+
+def counted(chain: Callable[[], None]) -> list[tuple[str, int]]:
+    """(name, bytes as a dry run counts them) of every kernel of a boundary, in order."""
+    found: list[Operation] = []
+
+    def note(name: str, args: Mapping[str, Any]) -> AbstractContextManager[object]:
+        found.append(operations.kernel(name, args))
+        return nullcontext()
+
+    with noting(note):
+        chain()
+    return [(operation.name.removeprefix("pipehc."), operation.bytes) for operation in found]
+
+
+def kernels(tokens: int, n: int, channels: int, norm: bool, repeats: int = 9) -> list[dict[str, Any]]:
+    """Median device time of every kernel of a boundary, and the bytes that a dry run counts for it."""
     os.environ["PIPEHC_KERNELS"] = "triton"
-    chain()
+    chain = boundary(tokens, n, channels, norm)
+    launches = counted(chain)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(repeats):
@@ -149,11 +176,12 @@ def kernels(tokens: int, n: int, channels: int, norm: bool, repeats: int = 9) ->
         torch.cuda.synchronize()
     ours = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA and e.name.endswith("_kernel")]
     ours.sort(key=lambda e: e.time_range.start)
-    each = len(ours) // repeats
     found = []
-    for k in range(each):
-        times = sorted(ours[r * each + k].device_time for r in range(repeats))
-        found.append({"C": channels, "norm": norm, "kernel": ours[k].name, "us": round(times[repeats // 2], 1)})
+    for k, (name, nbytes) in enumerate(launches):
+        of_launch = ours[k :: len(launches)]
+        assert {e.name for e in of_launch} == {name}, (name, {e.name for e in of_launch})
+        us = round(sorted(e.device_time for e in of_launch)[repeats // 2], 1)
+        found.append({"C": channels, "norm": norm, "kernel": name, "us": us, "bytes": nbytes, "GB/s": round(1e-3 * nbytes / us)})
     return found
 
 
@@ -175,7 +203,8 @@ def main() -> None:
         table.add_row(*(str(row.get(c, "")) for c in columns))
     Console(width=160).print(table)
     apart = [row for c in options.channels for norm in (False, True) for row in kernels(options.tokens, options.streams, c, norm)]
-    table = Table("C", "norm", "kernel", "us", title="kernels of a boundary, in the order in which they run")
+    columns = ["C", "norm", "kernel", "us", "bytes", "GB/s"]
+    table = Table(*columns, title="kernels of a boundary, in the order in which they run; bytes as a dry run counts them")
     for row in apart:
         table.add_row(*map(str, row.values()))
     Console(width=160).print(table)

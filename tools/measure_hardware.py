@@ -1,6 +1,6 @@
 """Measures a hardware file for dry runs on this machine's GPU: python tools/measure_hardware.py --like h100 > mine.yaml
 
-Matrix products, attention, memory and launches are measured; memory size and name are read. Links need more than one GPU: under
+Matrix products, attention, memory, our kernels and launches are measured; memory size and name are read. Links need more than one GPU: under
 torchrun the all-to-all of all processes is measured too, and given to `nvlink` if they share a node, else to `network`. Everything
 else, peaks among it, comes from --like.
 """
@@ -11,12 +11,14 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
+from bench_kernels import kernels
 
 from pipehc.config.strict_yaml import ConfigError
 from pipehc.planning.dry_run.hardware import load_hardware
@@ -78,6 +80,16 @@ def launch_us() -> float:
     return 1e6 * used / (2 * count)
 
 
+def kernel_rates() -> dict[str, float]:
+    """Bytes/s of our kernels by name, as the trainer runs them: with the norm, in bf16; of several launches the mean."""
+    us: Counter[str] = Counter()
+    moved: Counter[str] = Counter()
+    for row in kernels(tokens=4096, n=4, channels=2560, norm=True):
+        us[row["kernel"]] += row["us"]
+        moved[row["kernel"]] += row["bytes"]
+    return {name: 1e6 * moved[name] / us[name] for name in us}
+
+
 def all_to_all() -> tuple[float, float]:
     """(bytes/s that leave a GPU, us of a tiny one)."""
     world = dist.get_world_size()
@@ -97,7 +109,9 @@ def measured(like: str) -> dict[str, Any]:
     found["memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
     found["matmul"]["efficiency"] = _share(matmul_flops(), 1e12 * found["matmul"]["bf16_tflops"])
     found["attention"]["efficiency"] = _share(attention_flops(), 1e12 * found["attention"]["bf16_tflops"])
-    found["memory"]["efficiency"] = _share(memory_rate(), 1e9 * found["memory"]["gb_per_s"])
+    memory = memory_rate()
+    found["memory"]["efficiency"] = _share(memory, 1e9 * found["memory"]["gb_per_s"])
+    found["kernels"] = {name: round(rate / memory, 3) for name, rate in kernel_rates().items()}
     found["launch_us"] = round(launch_us(), 1)
     if dist.is_initialized():
         rate, latency = all_to_all()

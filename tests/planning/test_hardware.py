@@ -78,3 +78,11 @@ def test_times_are_those_of_the_slower_of_memory_and_arithmetic():
     everywhere = sums._replace(name="c10d.allreduce_")
     assert collectives({everywhere: 1}, 4, hardware.nvlink)[1] == pytest.approx(2 * (750 / (450 * 0.75) + 0.01))
     assert collectives({sums: 2, exchange: 1}, 4, hardware.nvlink) == (2e9, pytest.approx(2 * (750 / (450 * 0.75) + 0.01)))
+
+
+def test_our_kernels_take_as_long_as_they_were_measured(tmp_path):
+    kernel = Operation("pipehc.project_kernel", "other", True, 0.0, 3350 * 10**9)
+    measured = changed(tmp_path, lambda d: d.update(kernels={"project_kernel": 0.5}))
+    assert cost({kernel: 1}, load_hardware(measured), 1).device_ms == pytest.approx(1e3 / 0.908 / 0.5)
+    assert cost({kernel._replace(name="pipehc.map_kernel"): 1}, load_hardware(measured), 1).device_ms == pytest.approx(1e3 / 0.908)
+    assert load_hardware(changed(tmp_path, lambda d: d.pop("kernels"))).kernels == {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipehc.config.strict_yaml import ConfigError, parse_yaml
+from pipehc.planning.dry_run.operations import KERNELS
 
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -54,7 +55,8 @@ class Reserved(_Part):
 
 
 class Hardware(_Part):
-    """A kind of GPU, as in pipehc/planning/hardware/h100.yaml."""
+    """A kind of GPU, as in pipehc/planning/hardware/h100.yaml. kernels: what those of ours reach of the memory's rate, every byte
+    counted once; those that are not there reach it."""
 
     name: str
     memory_gib: Rate
@@ -62,6 +64,7 @@ class Hardware(_Part):
     matmul: Products
     attention: Products
     memory: Memory
+    kernels: dict[Literal[tuple(KERNELS)], Rate] = {}  # type: ignore[valid-type]
     launch_us: Cost
     nvlink: Link
     network: Link
@@ -103,7 +106,7 @@ def load_hardware(name: str, key: str = "--gpu") -> Hardware:
 
 
 def _words(detail: Any) -> str:
-    key = ".".join(map(str, detail["loc"])) or "the file"
+    key = ".".join(str(part) for part in detail["loc"] if part != "[key]") or "the file"
     if detail["type"] == "missing":
         return f"{key} is missing; see pipehc/planning/hardware/h100.yaml for all keys"
     if detail["type"] == "extra_forbidden":

@@ -146,6 +146,7 @@ NORM_FLOPS_PER_CHANNEL = {
     "map_backward_kernel": lambda n: 1,
     "stream_gradient_kernel": lambda n: 2 * n + 8,
 }
+KERNELS = sorted(FLOPS_PER_CHANNEL.keys() | SUMS)
 
 
 def size(tensor: torch.Tensor) -> int:
