@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_PROCESSES ?= 4
-JOBS ?= $(shell nproc)
+# One more than cores: many tests wait for processes that sleep.
+JOBS ?= $(shell expr $$(nproc) + 1)
 export OMP_NUM_THREADS ?= 1
 # Many tests are several processes, each of which would compile our sources again.
 unexport PYTHONDONTWRITEBYTECODE

@@ -53,7 +53,7 @@ OTHERS = {
     "without overlap": ("runtime.overlap=false",),
     "recompute blocks": ("recompute.block=1",),
     "experts over two ranks": EXPERTS,
-    **{kind: (f"residual.kind={kind}",) for kind in ("mhc", "none", "hc", "isohc", "hybrid", "harmonized")},
+    **{kind: (f"residual.kind={kind}",) for kind in ("none", "hybrid", "harmonized")},
     "masked labels": ("data.kind=retrieval", "data.pairs=3", "residual.streams=16"),
     "multi-token prediction": ("model.mtp_depth=2", *EXPERTS),
     "multi-token prediction over one direction": ("model.mtp_depth=1", "schedule.name=1f1b", "parallel.pp=2"),

@@ -4,8 +4,8 @@
 
 Reports microseconds per forward + backward of one sub-layer's operations (branch left out), the bandwidth that its least traffic in
 that time amounts to, and which fraction of the device's copy bandwidth that is; and how long every kernel of a boundary between two
-sub-layers takes, without and with the norm of y: `tools/measure_hardware.py` writes that, against the memory's rate, into a hardware
-file. Without a GPU it says so and ends with status 0.
+sub-layers takes, without and with the norm of y, which `tools/measure_hardware.py` writes, against the memory's rate, into a
+hardware file. Without a GPU it says so and ends with status 0.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def bench(tokens: int, n: int, channels: int, bandwidth: float) -> list[dict[str
 
 
 def boundary(tokens: int, n: int, channels: int, norm: bool, device: str = "cuda") -> Callable[[], None]:
-    """What runs coefficients_pre, post_res_pre and post_res in a row, forward and then backward, in bf16: the first backward of each
-    kind is post_res_pre's. On `meta` tensors nothing is computed."""
+    """What runs coefficients_pre, post_res_pre and post_res in a row, forward and then backward, in bf16: the first backward of
+    each kind is post_res_pre's. On `meta` tensors nothing is computed."""
     generator = torch.Generator(device="cpu" if device == "meta" else device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Measures a hardware file for dry runs on this machine's GPU: python tools/measure_hardware.py --like h100 > mine.yaml
 
-Matrix products, attention, memory, our kernels and launches are measured; memory size and name are read. Links need more than one GPU: under
-torchrun the all-to-all of all processes is measured too, and given to `nvlink` if they share a node, else to `network`. Everything
-else, peaks among it, comes from --like.
+Matrix products, attention, memory, our kernels and launches are measured; memory size and name are read. Links need more than one
+GPU: under torchrun the all-to-all of all processes is measured too, and given to `nvlink` if they share a node, else to `network`.
+Everything else, peaks among it, comes from --like.
 """
 
 from __future__ import annotations

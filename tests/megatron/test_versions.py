@@ -16,9 +16,8 @@ from pipehc.megatron import versions
 
 STANDARD = {"multi_latent_attention": False}
 JOBS = {
-    **{name: {"schedule": name} for name in ("1f1b", "dualpipe", None)},
+    **{name: {"schedule": name} for name in ("dualpipe", None)},
     "dualpipev": {"schedule": "dualpipev", "vpp": 2},
-    "hybrid": {"schedule": "dualpipe", "pattern": "*-|*E", "options": STANDARD},
     "hybrid, two chunks": {"schedule": "dualpipev", "vpp": 2, "pattern": "*|-|*|E", "options": STANDARD},
 }
 """Arguments of jobs (schedule None: Megatron's own): two pipeline ranks, mHC, experts with biases that follow the load."""

@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_versions
 
-QUICK = ["tests/kernels/test_pre.py", "tests/kernels/test_hybrid.py"]
+QUICK = ["tests/kernels/test_hybrid.py"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""From counts to times: every operation at the rate of its class, or as fast as the memory gives and takes its bytes; our kernels as
-fast as they were measured."""
+"""From counts to times: every operation at the rate of its class, or as fast as the memory gives and takes its bytes; our kernels
+as fast as they were measured."""
 
 from __future__ import annotations
 

@@ -35,12 +35,10 @@ SLOW = [
     (2, None, {"schedule": "1f1b", "pp": 2, "pattern": WHOLE}),  # which Megatron cuts itself
     (4, None, {"schedule": "dualpipe", "pp": 2, "ep": 2, "pattern": TWO, **SHARDED, "overlap_param_gather": True}),
     (4, None, {"schedule": "dualpipev", "pp": 2, "vpp": 2, "tp": 2, "pattern": FOUR}),
-    (2, None, {"schedule": "auto", "pp": 2, "pattern": TWO, "search": {"placement": "bidirectional", "time_limit": 2}}),
-    (4, None, {"schedule": "dualpipe", "pp": 4, "pattern": FOUR, "run": {"recompute_block": 1}}),
     (4, "mhc", {"schedule": "dualpipe", "pp": 2, "tp": 2, "pattern": TWO, **SHARDED}),
-    (4, "mhc", {"schedule": "auto", "pp": 4, "pattern": FOUR, "search": {"time_limit": 2}}),
+    (4, "mhc", {"schedule": "auto", "pp": 4, "pattern": FOUR, "search": {"time_limit": 2}, "run": {"recompute_block": 1}}),
     (4, "mhc", {"pp": 2, "tp": 2, "pattern": TWO}),  # Megatron's own schedule
-    *((2, kind, {"schedule": "dualpipe", "pp": 2, "pattern": TWO}) for kind in ("isohc", "hybrid")),
+    (2, "hybrid", {"schedule": "dualpipe", "pp": 2, "pattern": TWO}),
     (2, "harmonized", {"schedule": "dualpipev", "pp": 2, "vpp": 2, "pattern": FOUR}),
     (2, "mhc", {"schedule": "dualpipe", "pp": 2, "pattern": TWO, "options": SELECTIVE}),
 ]

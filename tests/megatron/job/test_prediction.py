@@ -56,8 +56,7 @@ QUICK = [
 SLOW = [
     (2, {"schedule": "1f1b", "pp": 2, "residual": "isohc", **TIED}),
     (2, {"pp": 2, "residual": "mhc"}),
-    (4, {"schedule": "auto", "pp": 4, "search": {"time_limit": 2}, "options": {"mtp_num_layers": 1}}),
-    (4, {"schedule": "dualpipe", "pp": 4, "residual": "mhc", **TIED}),
+    (4, {"schedule": "auto", "pp": 4, "search": {"time_limit": 2}, "residual": "mhc", **TIED}),
     (4, {"schedule": "dualpipe", "pp": 2, "ep": 2, "residual": "mhc", **SHARDED, "bucket_size": 20000}),
     (4, {"schedule": "dualpipev", "pp": 2, "vpp": 2, "ep": 2, **SHARDED, **TIED}),
     (4, {"schedule": "dualpipe", "pp": 2, "tp": 2, "residual": "mhc", "options": {"calculate_per_token_loss": True}}),
