@@ -89,7 +89,7 @@ def _draw(figure: Any, rows: Sequence[Row]) -> None:
     axes.axhline(PAPER_MHC, color="#555555", linewidth=0.8, linestyle="--", label="mHC paper, 27B")
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_ylabel("% of step time")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, frameon=False)
 
 
 STUDY = Study(
