@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_PROCESSES ?= 4
-# One more than cores: many tests wait for processes that sleep.
-JOBS ?= $(shell expr $$(nproc) + 1)
+JOBS ?= $(shell nproc)
 export OMP_NUM_THREADS ?= 1
 # Many tests are several processes, each of which would compile our sources again.
 unexport PYTHONDONTWRITEBYTECODE
