@@ -11,9 +11,11 @@ from torch import Tensor
 from pipehc.kernels.backward import Incoming, launch_mapping_backward
 from pipehc.kernels.differentiation import once
 from pipehc.kernels.forward import launch_mapping
+from pipehc.kernels.kept_maps import current
 from pipehc.kernels.link import Link, claim, new_carriers
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.post_res import launch_post_res_backward
+from pipehc.kernels.rebuild import launch_rebuild
 from pipehc.kernels.rms_norm import Norm
 
 _SAVED = ("h_pre", "h_post", "h_res", "product", "inverse_rms", "norms")
@@ -94,7 +96,14 @@ class Mapping(torch.autograd.Function):
             previous = (f.contiguous(), h_post.float().contiguous(), h_res.float().contiguous())
         parameters = tuple(p.float().contiguous() for p in (phi, alpha, bias))
         norm = None if weight is None else Norm(weight.contiguous(), eps)
-        out = launch_mapping(x, previous, parameters, manifold, fixed, with_y, norm)  # type: ignore[arg-type]
+        kept, operation = current(), (tuple(x.shape), type(manifold), fixed, previous is None, with_y, norm is None)
+        maps = None if kept is None else kept.take(operation)
+        if maps is None:
+            out = launch_mapping(x, previous, parameters, manifold, fixed, with_y, norm)  # type: ignore[arg-type]
+            if kept is not None:
+                kept.keep(operation, {name: out[name] for name in _SAVED if name in out})
+        else:
+            out = maps | launch_rebuild(x, previous, maps, norm)
         mapped = out.get("x_next", x)
         # A linked sub-layer end leaves its x to the operation it is linked to.
         ctx.linked = linked_x_next is not None

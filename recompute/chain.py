@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+import torch
 
 PROBE = "probe"
 """A value that every pass has: what looks at it, or None. No tensor."""
@@ -14,6 +16,18 @@ PROBE = "probe"
 QueueName = Literal["compute", "high", "communication"]
 # Called when a piece starts to run: F, B or R, and which one. Returns what is called when it has ended.
 Watch = Callable[[Literal["F", "B", "R"], int], Callable[[], None]]
+
+
+class Notes(Protocol):
+    """What a piece that is rebuilt finds out in its first run and need not in its second, both of which it is entered around."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """What it keeps between the two."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,8 @@ class Piece:
     each other. Floating tensors are differentiable. node: pieces of one node follow each other without a change of turns.
     rebuilt: cheap to run again; with recomputation its results are dropped after the forward. run_again: what rebuilds them, if
     not `run`: the same without its side effects. for_backward: what runs again instead where nobody takes the results: they must
-    have their graph, and may have any contents. differentiable: False for what only counts; its backward is nothing.
+    have their graph, and may have any contents. notes: makes those of a rebuilt piece, for one micro-batch. differentiable: False
+    for what only counts; its backward is nothing.
     """
 
     name: str
@@ -36,6 +51,7 @@ class Piece:
     queue: QueueName = "compute"
     run_again: Callable[..., Any] | None = None
     for_backward: Callable[..., Any] | None = None
+    notes: Callable[[], Notes] | None = None
     differentiable: bool = True
 
 

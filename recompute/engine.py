@@ -10,15 +10,15 @@ Pieces run on the queues that they name; every value and gradient carries the ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from pipehc.comm.queues import Queue, Work
-from pipehc.recompute.chain import PROBE, Chain, Exchange, Piece, QueueName, Watch
+from pipehc.recompute.chain import PROBE, Chain, Exchange, Notes, Piece, QueueName, Watch
 from pipehc.recompute.graph import Graph, record, without
 from pipehc.recompute.order import Made, Order
 from pipehc.recompute.saved import SavedBytes
@@ -54,6 +54,7 @@ class Pass:
         self._uses = dict(chain.uses)
         self._kept_uses = dict(chain.kept_uses) if self._recompute else {}
         self._kept: dict[str, Any] = {}  # where rebuilding starts from
+        self._notes: dict[int, Notes] = {}
         self._rebuilt: dict[str, Any] = {}
         self._rebuilt_uses: dict[str, int] = {}
         self._built: set[int] = set()  # blocks whose cheap pieces have graphs
@@ -89,7 +90,7 @@ class Pass:
                 end = piece.run(*inputs)
                 return lambda: self._put(piece, end())
             if not self._grad or not piece.differentiable or (self._recompute and piece.rebuilt):
-                with torch.no_grad():
+                with torch.no_grad(), self._taking_notes(index):
                     outputs = piece.run(*inputs)
             else:
                 dropped = {}
@@ -273,7 +274,8 @@ class Pass:
                 if crosses and isinstance(value, torch.Tensor):
                     queue.hold(value)
                 inputs.append(value)
-            outputs = self._record(index, self._chain.again(index), inputs, {})
+            with self._notes.pop(index, nullcontext()):
+                outputs = self._record(index, self._chain.again(index), inputs, {})
             for name, value in zip(piece.outputs, outputs, strict=True):
                 uses = self._chain.uses_in_block(name, block)
                 if not uses:
@@ -287,6 +289,18 @@ class Pass:
         self._run(queue, "R", index, work)
         made = self._order.mark(queue)
         self._again.update((name, made) for name in piece.outputs)
+
+    @contextmanager
+    def _taking_notes(self, index: int) -> Iterator[None]:
+        make = self._chain.pieces[index].notes
+        if make is None or not self._recompute:
+            yield
+            return
+        notes = self._notes[index] = make()
+        with notes:
+            yield
+        if self._count is not None:
+            self._count.by_rebuilt += sum(map(self._count.new, notes.tensors()))
 
     def _use_kept(self, name: str) -> Any:
         value = self._kept[name]

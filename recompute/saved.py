@@ -12,7 +12,8 @@ class SavedBytes:
     """Counts what a Pass keeps, in bytes. A storage counts once, whole, however many views of it are saved.
 
     inputs: the streams at the start of every block, n*C numbers a token each. outputs: of every F, C each. by_f: what F saves for
-    its own backward, and what the embedding and the loss save. by_rebuilt: what hyper-connections save; with recomputation, 0.
+    its own backward, and what the embedding and the loss save. by_rebuilt: what hyper-connections save; with recomputation, their
+    notes.
     transient: with recomputation, the most that one block rebuilt.
     """
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pipehc.kernels import coefficients_pre, post_res, post_res_pre
+from pipehc.kernels.kept_maps import KeptMaps
 from pipehc.kernels.language import noting
 from pipehc.kernels.manifolds import Birkhoff
 from pipehc.planning.dry_run import operations
@@ -122,8 +123,8 @@ def bench(tokens: int, n: int, channels: int, bandwidth: float) -> list[dict[str
 
 
 def boundary(tokens: int, n: int, channels: int, norm: bool, device: str = "cuda") -> Callable[[], None]:
-    """What runs coefficients_pre, post_res_pre and post_res in a row, forward and then backward, in bf16: the first backward of
-    each kind is post_res_pre's. On `meta` tensors nothing is computed."""
+    """What runs coefficients_pre and post_res_pre, rebuilds them, and runs post_res and the backward of all, in bf16: the first
+    backward of each kind is post_res_pre's. On `meta` tensors nothing is computed."""
     generator = torch.Generator(device="cpu" if device == "meta" else device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -142,9 +143,16 @@ def boundary(tokens: int, n: int, channels: int, norm: bool, device: str = "cuda
     settings: dict[str, Any] = {"manifold": Birkhoff()} | ({"norm": weight, "eps": 1e-6} if norm else {})
     d_x, d_y = random(*x.shape).to(x.dtype), random(*f.shape).to(x.dtype)
 
-    def chain() -> None:
+    def ahead() -> tuple[Tensor, ...]:
         y, h_post, h_res = coefficients_pre(x, *first, **settings)
-        middle, y_next, h_post, h_res = post_res_pre(x, f, h_post, h_res, *second, **settings)
+        return y, *post_res_pre(x, f, h_post, h_res, *second, **settings)
+
+    def chain() -> None:
+        maps = KeptMaps()
+        with maps, torch.no_grad():
+            ahead()
+        with maps:
+            y, middle, y_next, h_post, h_res = ahead()
         last = post_res(middle, f_next, h_post, h_res)
         torch.autograd.grad([last, y, y_next], [x, f, f_next, *first, *second, *([weight] if norm else [])], [d_x, d_y, d_y])
 

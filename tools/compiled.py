@@ -42,7 +42,7 @@ class Form:
 def forms(manifold: Manifold | None = None, n: int = 4) -> dict[str, Form]:
     """The kernels of all operations at n streams, as the wrappers launch them, without and with the norm of y. manifold: of the
     maps; None: every one."""
-    modules = {name: importlib.import_module(f"pipehc.kernels.{name}") for name in ("forward", "backward", "pre", "post_res")}
+    modules = {name: importlib.import_module(f"pipehc.kernels.{name}") for name in ("forward", "backward", "pre", "post_res", "rebuild")}
     forward, backward = modules["forward"], modules["backward"]
     block, most = {"n": n, "BT": 16, "BC": block_channels(n)}, {"maxnreg": max_registers(n)}
     found = {}
@@ -53,6 +53,10 @@ def forms(manifold: Manifold | None = None, n: int = 4) -> dict[str, Form]:
         ("post_res", "post_res_backward_kernel"),
     ]:
         found[name] = Form(getattr(modules[module], name), dict(block))
+    alone = dict.fromkeys(("f", "h_post", "h_res", "x_next"))
+    for of, sources in (("", alone), (" of post_res_pre", {})):
+        for title, norm in (("", dict.fromkeys(("norm_weight", "norms"))), (" with norm", {})):
+            found[f"rebuild_kernel{of}{title}"] = Form(modules["rebuild"].rebuild_kernel, block | sources | norm)
     sums = backward.parameter_sum_kernel, {"n": n, "BLOCK": 128}
     found["parameter_sum_kernel"] = Form(sums[0], sums[1] | {"weight_shares": None, "d_weight": None})
     found["parameter_sum_kernel with norm"] = Form(*sums)
@@ -76,7 +80,6 @@ def forms(manifold: Manifold | None = None, n: int = 4) -> dict[str, Form]:
         found[f"phi_gradient_kernel {streams}"] = Form(backward.phi_gradient_kernel, slab, options)
         products["FENCE"] = True
         tile = products | {"BT": forward.project_tokens(kind.per_stream), "BC": block_channels(n)}
-        alone = dict.fromkeys(("f", "h_post", "h_res", "x_next"))
         found[f"project_kernel {streams}"] = Form(forward.project_kernel, tile | alone, options | most)
         found[f"project_kernel of post_res_pre {streams}"] = Form(forward.project_kernel, tile, options | most)
         tile = products | {"BT": backward.GRADIENT_TOKENS, "BC": block_channels(n) // 2, "d_x_direct": None}

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from pipehc.kernels.differentiation import watch_gradient
+from pipehc.kernels.kept_maps import KeptMaps
 from pipehc.kernels.link import carriers, join
 from pipehc.model.norm import Norm
 from pipehc.model.probe import Probe
@@ -120,7 +121,8 @@ def _pre(sublayer: Sublayer, k: int) -> Piece:
             return run(x, None)
 
     names = (f"x{k}", PROBE), _made_by_pre(k)
-    return Piece(f"{sublayer.name}.pre", run, *names, sublayer.f[0].node, rebuilt=True, run_again=run_again)
+    node = sublayer.f[0].node
+    return Piece(f"{sublayer.name}.pre", run, *names, node, rebuilt=True, run_again=run_again, notes=KeptMaps)
 
 
 def _post(sublayer: Sublayer, k: int) -> Piece:
@@ -154,7 +156,8 @@ def _post_pre(sublayer: Sublayer, following: Sublayer, k: int) -> Piece:
 
     outputs = (f"x{k + 1}", *_made_by_pre(k + 1))
     name = f"{sublayer.name}.post_pre"
-    return replace(_post(sublayer, k), name=name, run=run, run_again=run_again, for_backward=None, outputs=outputs)
+    end = replace(_post(sublayer, k), name=name, run=run, outputs=outputs, for_backward=None)
+    return replace(end, run_again=run_again, notes=KeptMaps)
 
 
 def _watch(probe: Probe | None, k: int, x: torch.Tensor) -> None:

@@ -114,7 +114,7 @@ def test_the_end_of_a_block_is_rebuilt_for_the_backward_alone(last):
     assert_equal(rebuilt, kept)
     assert launched["F"]["post_res_kernel"] == 2
     assert launched["R"] + launched["B"] == Counter(
-        project_kernel=2, map_kernel=2, post_res_kernel=int(last), pre_kernel=2,
+        rebuild_kernel=2, post_res_kernel=int(last), pre_kernel=2,
         map_backward_kernel=2, stream_gradient_kernel=2, phi_gradient_kernel=2, parameter_sum_kernel=2,
     )  # fmt: skip
 

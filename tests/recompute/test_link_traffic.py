@@ -77,7 +77,7 @@ def test_units_of_a_sublayer(length, monkeypatch):
     tokens, channels = 4096, 2560
     found, _ = phases([range(length), range(length, 2 * length)], tokens, channels)
     units = {phase: moved.units / (2 * length) for phase, moved in found.items()}
-    least = {"F": 14 + 4 / length, "R": 14 - 5 / length, "B": 28 + 4 / length}
+    least = {"F": 14 + 4 / length, "R": 10 - 5 / length, "B": 28 + 4 / length}
     for phase, minimum in least.items():
         assert minimum < units[phase] < minimum + 0.5, (phase, units[phase])
     monkeypatch.setattr(sublayers, "carriers", lambda h_post, h_res: (None, None))

@@ -136,6 +136,7 @@ FLOPS_PER_CHANNEL = {
     "post_res_backward_kernel": lambda n: 4 * n * (n + 1),
     "project_kernel": lambda n: 2 * n * (n * n + 2 * n) + 2 * n * n + 4 * n,
     "map_kernel": lambda n: 2 * n,
+    "rebuild_kernel": lambda n: 2 * n * (n + 1) + 2 * n,
     "map_backward_kernel": lambda n: 2 * n * n + 4 * n,
     "stream_gradient_kernel": lambda n: 2 * n * (n * n + 2 * n) + 2 * n * n + 4 * n,
     "phi_gradient_kernel": lambda n: 2 * n * (n * n + 2 * n),
@@ -143,6 +144,7 @@ FLOPS_PER_CHANNEL = {
 # Besides, with the norm of y: y . x_j and the sum again; times the weight; the sum again and the weight's gradient.
 NORM_FLOPS_PER_CHANNEL = {
     "map_kernel": lambda n: 4 * n + 4,
+    "rebuild_kernel": lambda n: 2,
     "map_backward_kernel": lambda n: 1,
     "stream_gradient_kernel": lambda n: 2 * n + 8,
 }
