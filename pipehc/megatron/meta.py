@@ -127,7 +127,10 @@ _library: Any = None  # its registrations end with it
 
 def _patch_coalesced_collectives() -> None:
     """The reductions of several buckets at once, which torch has no meta kernels for."""
-    from torch.distributed._meta_registrations import create_fakework
+    try:
+        from torch.distributed._meta_registrations import create_fakework
+    except ModuleNotFoundError:  # torch 2.9, where this registers the other collectives as well
+        from torch.distributed._tools.fake_collectives import create_fakework
 
     global _library
     _library = torch.library.Library("c10d", "IMPL")

@@ -106,5 +106,5 @@ found = {{name: resources(form, 2560, 80, "{streams}") for name, form in forms(B
 print(json.dumps({{name: [r["shared"], r["atomics"]] for name, r in found.items()}}))
 """
     found = without_interpreter(code)
-    assert len(found) == 17
+    assert len(found) == 21
     assert all(shared <= 163 * 1024 and atomics == 0 for shared, atomics in found.values()), found
