@@ -1,8 +1,8 @@
 """Maps that were computed once, for a second run of the same operation on the same streams.
 
-Recomputation runs `coefficients_pre` and `post_res_pre` again because it needs their streams and y, some n + 1 numbers a channel.
-The maps, and what the backward needs of them, are 2 n (n + 2) + n + 2 numbers a token, nothing beside a channel's thousands: they are
-kept, and the second run is one launch (rebuild.py) that reads the streams once and projects nothing.
+Recomputation runs `coefficients_pre` and `post_res_pre` again for their streams and y, n + 1 numbers a token and channel. The maps,
+and what the backward needs of them, are 2 n (n + 2) + n + 2 numbers a token, for all channels together: they are kept, and the
+second run is one launch (rebuild.py) that reads the streams once and projects nothing.
 
     maps = KeptMaps()
     with maps, torch.no_grad():

@@ -15,8 +15,8 @@ from pipehc.kernels.tiles import aggregate, block_channels, load_columns, load_t
 def rebuild_kernel(
     x, f, h_post, h_res, h_pre, norm_weight, norms, x_next, y, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
 ):
-    """x' = H_res x + H_post^T f unless x_next is None, where it is x; y = H_pre x', and with norm_weight its RMSNorm, whose scale is
-    the first number of every token in `norms` [T, 1 + n]."""
+    """x' = H_res x + H_post^T f unless x_next is None, where it is x; y = H_pre x', and with norm_weight its RMSNorm, whose scale
+    is the first number of every token in `norms` [T, 1 + n]."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     tokens = t < T

@@ -42,7 +42,8 @@ class Form:
 def forms(manifold: Manifold | None = None, n: int = 4) -> dict[str, Form]:
     """The kernels of all operations at n streams, as the wrappers launch them, without and with the norm of y. manifold: of the
     maps; None: every one."""
-    modules = {name: importlib.import_module(f"pipehc.kernels.{name}") for name in ("forward", "backward", "pre", "post_res", "rebuild")}
+    names = ("forward", "backward", "pre", "post_res", "rebuild")
+    modules = {name: importlib.import_module(f"pipehc.kernels.{name}") for name in names}
     forward, backward = modules["forward"], modules["backward"]
     block, most = {"n": n, "BT": 16, "BC": block_channels(n)}, {"maxnreg": max_registers(n)}
     found = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -127,15 +128,14 @@ _library: Any = None  # its registrations end with it
 
 def _patch_coalesced_collectives() -> None:
     """The reductions of several buckets at once, which torch has no meta kernels for."""
-    try:
-        from torch.distributed._meta_registrations import create_fakework
-    except ModuleNotFoundError:  # torch 2.9, where this registers the other collectives as well
-        from torch.distributed._tools.fake_collectives import create_fakework
-
     global _library
+    try:
+        fake = import_module("torch.distributed._meta_registrations")
+    except ModuleNotFoundError:  # torch 2.9, where the other collectives are registered here as well
+        fake = import_module("torch.distributed._tools.fake_collectives")
     _library = torch.library.Library("c10d", "IMPL")
     for name in ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_", "allreduce_coalesced_"):
-        _library.impl(name, lambda *args: create_fakework(args, return_first_arg=False), "Meta")
+        _library.impl(name, lambda *args: fake.create_fakework(args, return_first_arg=False), "Meta")
 
 
 def _patch_device(device: torch.device) -> None:
