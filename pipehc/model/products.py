@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 
+META_WIDENS = torch.__version__ >= (2, 10)
 grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
@@ -28,8 +29,9 @@ def _plain() -> bool:
 
 
 def widens(x: torch.Tensor) -> bool:
-    """Whether products of tensors like this, in 16 bits, can have fp32 results. Meta stands for a GPU."""
-    half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cuda", "meta")
+    """Whether products of tensors like this, in 16 bits, can have fp32 results. Meta stands for a GPU, but under torch 2.9, whose
+    meta kernel of them fails: dry runs count sums of their own there."""
+    half = x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or (x.is_meta and META_WIDENS))
     return half and hasattr(torch.ops.aten.addmm, "dtype_out") and not _plain()
 
 
