@@ -1,9 +1,10 @@
 """One micro-batch on its way through a chain of pieces: forward, rebuilding what was dropped, and backward, piece by piece.
 
 With recomputation the rebuilt pieces run without autograd in the forward. What stays is where rebuilding starts from (block
-inputs and the outputs of F) and what F saves for itself, except where that is the result of a rebuilt piece: there F's graph keeps
-a note instead of the tensor, which is looked up when the backward unpacks it. `rebuild` runs the cheap pieces again, now with
-autograd, never F. The backward is the same with and without recomputation, so its results are equal to the bit.
+inputs and the outputs of F), notes that make it cheaper, and what F saves for itself, except where that is the result of a
+rebuilt piece: there F's graph keeps its name instead of the tensor, which is looked up when the backward unpacks it. `rebuild`
+runs the cheap pieces again, now with autograd and their notes, never F. The backward is the same with and without recomputation,
+so its results are equal to the bit.
 
 Pieces run on the queues that they name; every value and gradient carries the event that it is complete after.
 """

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import backend, relative_error
-from toy_chain import Toy, streams
+from toy_chain import STREAMS, TOKENS, Toy, streams
 
 from pipehc.comm.queues import IssueQueue, make_queues
 from pipehc.kernels.language import noting
 from pipehc.model import sublayers
 from pipehc.model.sublayers import build_chain
-from pipehc.recompute import Pass, Piece
+from pipehc.recompute import Pass, Piece, SavedBytes
 
 LATE = make_queues(torch.device("cpu"))
 EARLY = dict.fromkeys(LATE, IssueQueue())
@@ -110,8 +110,11 @@ def test_the_end_of_a_block_is_rebuilt_for_the_backward_alone(last):
     toy = Toy(1, iterations=2)
     chain = toy.chain(1, last=last)
     kept, _ = through(toy, chain)
-    rebuilt, launched = through(toy, chain, recompute=True)
+    count = SavedBytes()
+    rebuilt, launched = through(toy, chain, recompute=True, count=count)
     assert_equal(rebuilt, kept)
+    # Of two sub-layers the maps, their products, and what the two norms are.
+    assert count.by_rebuilt == 4 * 2 * TOKENS * (2 * STREAMS * (STREAMS + 2) + 1 + STREAMS + 1)
     assert launched["F"]["post_res_kernel"] == 2
     assert launched["R"] + launched["B"] == Counter(
         rebuild_kernel=2, post_res_kernel=int(last), pre_kernel=2,
