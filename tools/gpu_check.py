@@ -38,7 +38,7 @@ GRACE_S = 10.0  # what a step that is interrupted has to say what it was doing
 KERNEL_TESTS = [
     *(f"tests/kernels/test_{name}.py" for name in (
         "coefficients", "pre", "coefficients_pre", "post_res", "post_res_pre", "birkhoff", "isometric", "hybrid", "identity_offset",
-        "harmonized", "tiles", "differentiation", "rms_norm", "routing", "swiglu",
+        "harmonized", "rebuild", "tiles", "differentiation", "rms_norm", "routing", "swiglu",
     )),
     "tests/model/test_hyper_connection.py",
 ]  # fmt: skip
