@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-META_WIDENS = torch.__version__ >= (2, 10)
+META_WIDENS = torch.__version__ >= "2.10"  # compared as versions, not as strings
 grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
