@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
@@ -42,10 +42,10 @@ class KeptMaps:
         """All that is kept."""
         return [tensor for _, maps in self._kept for tensor in maps.values()]
 
-    def keep(self, of: Hashable, maps: Mapping[str, Tensor]) -> None:
+    def keep(self, of: Hashable, maps: dict[str, Tensor]) -> None:
         """`of` says which operation it is."""
         if not self._full:
-            self._kept.append((of, dict(maps)))
+            self._kept.append((of, maps))
 
     def take(self, of: Hashable) -> dict[str, Tensor] | None:
         """The next maps, without history; None if there are none."""

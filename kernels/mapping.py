@@ -96,7 +96,8 @@ class Mapping(torch.autograd.Function):
             previous = (f.contiguous(), h_post.float().contiguous(), h_res.float().contiguous())
         parameters = tuple(p.float().contiguous() for p in (phi, alpha, bias))
         norm = None if weight is None else Norm(weight.contiguous(), eps)
-        kept, operation = current(), (tuple(x.shape), type(manifold), fixed, previous is None, with_y, norm is None)
+        kept = current() if with_y else None  # what looks at coefficients alone is never run again
+        operation = tuple(x.shape), type(manifold), fixed, previous is None, norm is None
         maps = None if kept is None else kept.take(operation)
         if maps is None:
             out = launch_mapping(x, previous, parameters, manifold, fixed, with_y, norm)  # type: ignore[arg-type]

@@ -13,8 +13,7 @@ class SavedBytes:
 
     inputs: the streams at the start of every block, n*C numbers a token each. outputs: of every F, C each. by_f: what F saves for
     its own backward, and what the embedding and the loss save. by_rebuilt: what hyper-connections save; with recomputation, their
-    notes.
-    transient: with recomputation, the most that one block rebuilt.
+    notes. transient: with recomputation, the most that one block rebuilt.
     """
 
     def __init__(self, persistent: Iterable[torch.Tensor] = ()) -> None:

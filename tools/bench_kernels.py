@@ -30,7 +30,6 @@ from pipehc.kernels.kept_maps import KeptMaps
 from pipehc.kernels.language import noting
 from pipehc.kernels.manifolds import Birkhoff
 from pipehc.planning.dry_run import operations
-from pipehc.planning.dry_run.operations import Operation
 
 UNITS = {"forward": lambda n: 3 * n + 2, "forward + backward": lambda n: 7 * n + 5}
 """Least traffic in units of T*C elements with pre and post_res apart: 14 forward, 19 backward at n = 4."""
@@ -161,15 +160,15 @@ def boundary(tokens: int, n: int, channels: int, norm: bool, device: str = "cuda
 
 def counted(chain: Callable[[], None]) -> list[tuple[str, int]]:
     """(name, bytes as a dry run counts them) of every kernel of a boundary, in order."""
-    found: list[Operation] = []
+    found = []
 
     def note(name: str, args: Mapping[str, Any]) -> AbstractContextManager[object]:
-        found.append(operations.kernel(name, args))
+        found.append((name, operations.kernel(name, args).bytes))
         return nullcontext()
 
     with noting(note):
         chain()
-    return [(operation.name.removeprefix("pipehc."), operation.bytes) for operation in found]
+    return found
 
 
 def kernels(tokens: int, n: int, channels: int, norm: bool, repeats: int = 9) -> list[dict[str, Any]]:

@@ -156,8 +156,8 @@ def _post_pre(sublayer: Sublayer, following: Sublayer, k: int) -> Piece:
 
     outputs = (f"x{k + 1}", *_made_by_pre(k + 1))
     name = f"{sublayer.name}.post_pre"
-    end = replace(_post(sublayer, k), name=name, run=run, outputs=outputs, for_backward=None)
-    return replace(end, run_again=run_again, notes=KeptMaps)
+    end = _post(sublayer, k)
+    return replace(end, name=name, run=run, run_again=run_again, for_backward=None, notes=KeptMaps, outputs=outputs)
 
 
 def _watch(probe: Probe | None, k: int, x: torch.Tensor) -> None:

@@ -14,9 +14,9 @@ class Activations(NamedTuple):
 
     streams: n*C numbers a token at the start of every recompute block. outputs: of every F, C a token. f: what F saves for itself,
     with embedding, loss and depth modules; not planned. connections: what hyper-connections save; with recomputation the maps,
-    where Triton made them.
-    rebuilt: with recomputation, what one block rebuilds, there for one micro-batch at a time; planned without the coefficients,
-    which are a few dozen numbers a token and sub-layer, and x_l0, which is kept, is planned as if rebuilt.
+    where Triton made them. rebuilt: with recomputation, what one block rebuilds, there for one micro-batch at a time; planned
+    without the coefficients, which are a few dozen numbers a token and sub-layer, and x_l0, which is kept, is planned as if
+    rebuilt.
     """
 
     streams: int
