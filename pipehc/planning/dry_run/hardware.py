@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipehc.config.strict_yaml import ConfigError, parse_yaml
-from pipehc.planning.dry_run.operations import KERNELS
+from pipehc.planning.dry_run.kernels import KERNELS
 
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
