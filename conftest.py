@@ -26,8 +26,6 @@ def pytest_collection_finish(session):
 def _own_cache(tmp_path_factory):
     """Nothing is taken from the user's cache, and nothing left there."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    if "PYTEST_XDIST_WORKER" in os.environ:  # Megatron compiles C++ for some recomputation: once, not in every worker
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.getbasetemp().parent / "torch_extensions")
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,15 @@ from pipehc.kernels.language import INTERPRETED, launch, launches, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.map_gradients import store_map_gradients
 from pipehc.kernels.parameter_gradients import parameter_sum_kernel, phi_gradient_kernel, store_small_share
-from pipehc.kernels.projection import padded_columns, product_precision
+from pipehc.kernels.projection import factors_in_registers, padded_columns, product_precision
 from pipehc.kernels.stream_gradient import stream_gradient_kernel
 from pipehc.kernels.tiles import block_channels, max_registers, row_channels
 
 MAP_TOKENS = 8
 """Tokens of a program of `map_backward_kernel`."""
 GRADIENT_TOKENS = 64
-"""Of a program of `stream_gradient_kernel`: with fewer, phi is read more often than the streams."""
+"""Of a program of `stream_gradient_kernel`: with fewer, phi is read more often than the streams. Half of them, in half as many warps,
+where registers hold the factors of products: eight warps of so many registers would be alone on their multiprocessor."""
 PHI_TOKENS, PHI_CHANNELS = 64, 64
 """Of a step of `phi_gradient_kernel`."""
 
@@ -205,7 +206,9 @@ def launch_mapping_backward(
         maxnreg=max_registers(n),
     )
     block = block_channels(n) // 2
-    tiles, blocks = triton.cdiv(channels, block), triton.cdiv(tokens, GRADIENT_TOKENS)
+    factors = factors_in_registers(x.device)
+    each = GRADIENT_TOKENS // 2 if factors else GRADIENT_TOKENS
+    tiles, blocks = triton.cdiv(channels, block), triton.cdiv(tokens, each)
     weight_shares = None if norm_weight is None else x.new_empty(blocks, channels, dtype=torch.float32)
     product = {"n": n, "PADDED": padded_columns(n, manifold.per_stream), "PER_STREAM": manifold.per_stream}
     product["PRECISION"] = product_precision(x.dtype)
@@ -231,11 +234,11 @@ def launch_mapping_backward(
         tokens,
         channels,
         **product,
-        BT=GRADIENT_TOKENS,
+        BT=each,
         BC=block,
         FENCE=not INTERPRETED,
-        num_warps=8,
-        maxnreg=max_registers(n),
+        num_warps=each // 8,
+        maxnreg=max_registers(n, factors),
     )
     streams, blocks = 1 if manifold.per_stream else n, triton.cdiv(tokens, PHI_TOKENS)
     slabs = triton.cdiv(channels, PHI_CHANNELS)

@@ -20,7 +20,7 @@ from pipehc.kernels.language import INTERPRETED, launch, launches, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.maps import map_of
 from pipehc.kernels.matrices import store_matrix, store_vector
-from pipehc.kernels.projection import columns_of, load_weights, padded_columns, product_precision
+from pipehc.kernels.projection import columns_of, factors_in_registers, load_weights, padded_columns, product_precision
 from pipehc.kernels.rms_norm import Norm
 from pipehc.kernels.tiles import (
     aggregate,
@@ -76,7 +76,7 @@ def project(
     return new_sums, new_squares
 
 
-@triton.jit(do_not_specialize=["T", "TILES"])
+@triton.jit(do_not_specialize=["T", "TILES", "STREAMS"])
 def project_kernel(
     x,
     f,
@@ -89,6 +89,7 @@ def project_kernel(
     T,
     C,
     TILES,
+    STREAMS,
     n: tl.constexpr,
     PADDED: tl.constexpr,
     BT: tl.constexpr,
@@ -117,15 +118,15 @@ def project_kernel(
     for tile in range(split * TILES, tl.minimum((split + 1) * TILES, tl.cdiv(C, BC))):
         c = tile * BC + tl.arange(0, BC)
         inside = tokens & (c < C)[None, :]
-        # Loops at run time: unrolled, all streams would be in flight at once, in more registers than there are.
+        # Unrolled, all streams would be in flight at once, in more registers than there are: their number is one of run time.
         if x_next is None:
-            for i in tl.range(n, num_stages=1):
+            for i in tl.range(STREAMS, num_stages=1):
                 stream = tl.load(x + t * (n * C) + i * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
                 sums, squares = project(stream, sums, squares, phi, c, i, C, n, PADDED, PER_STREAM, PRECISION)
         else:
             streams = load_tiles(x, t, c[None, :], C, inside, n)
             branch = tl.load(f + t * C + c[None, :], mask=inside, other=0.0)
-            for i in tl.range(n, num_stages=1):
+            for i in tl.range(STREAMS, num_stages=1):
                 stream = tl.load(h_post + t * n + i, mask=tokens, other=0.0) * widened(branch, FENCE)
                 for j in tl.static_range(n):
                     stream += tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0) * widened(streams[j], FENCE)
@@ -295,6 +296,7 @@ def launch_mapping(
         tokens,
         channels,
         each,
+        n,
         n=n,
         PADDED=padded_columns(n, manifold.per_stream),
         BT=rows,
@@ -303,7 +305,7 @@ def launch_mapping(
         PRECISION=product_precision(x.dtype),
         FENCE=not INTERPRETED,
         num_warps=4,
-        maxnreg=max_registers(n),
+        maxnreg=max_registers(n, factors_in_registers(x.device)),
         num_stages=1,
     )
     launch(

@@ -1,6 +1,8 @@
 # mypy: disable-error-code="assignment,misc"
 """The product of the streams with phi, as the forward and the backward kernels tile it."""
 
+from functools import lru_cache
+
 import torch
 
 from pipehc.kernels.language import tl, triton
@@ -38,6 +40,12 @@ def in_own_layout(tile, FENCE: tl.constexpr):
 def padded_columns(n: int, per_stream: bool) -> int:
     """Columns of phi in a tile of the product: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(n + 2 if per_stream else n * n + 2 * n))
+
+
+@lru_cache
+def factors_in_registers(device: torch.device) -> bool:
+    """Whether the matrix units take both factors of a product from registers: those of compute capability 9 and 10 do not."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10)
 
 
 def product_precision(dtype: torch.dtype) -> str:

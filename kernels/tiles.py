@@ -108,6 +108,9 @@ def row_channels(n: int, tokens: int) -> int:
     return 16 * block_channels(n) // tokens
 
 
-def max_registers(n: int) -> int:
-    """Of a thread, so that a multiprocessor holds sixteen warps; eight for more than four streams."""
-    return 128 if n <= 4 else 255
+def max_registers(n: int, factors: bool = False) -> int:
+    """Of a thread, so that a multiprocessor holds sixteen warps; eight for more than four streams. factors: of products are in
+    registers, too (projection.py), and it holds twelve."""
+    if n > 4:
+        return 255
+    return 168 if factors else 128

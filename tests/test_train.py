@@ -1,6 +1,7 @@
 """The command itself, under torchrun: trains, resumes bit for bit, survives killed ranks, refuses what cannot work."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -78,6 +79,7 @@ def train_here(*arguments, processes=1):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
             os.environ["TORCHELASTIC_RUN_ID"] = Path(folder).name  # what all say is said once
+            logging.getLogger().handlers.clear()  # pytest's
             code = main(["--config", *map(str, arguments)])
             sys.stdout.flush()
             sys.stderr.flush()
@@ -105,7 +107,7 @@ def test_trains_resumes_and_carries_over_to_other_layouts(write, tmp_path):
     """One uninterrupted run; one stopped half-way and resumed, through host memory: equal bits. Its checkpoint goes on in two other
     layouts."""
     config = write()
-    whole = train(config, f"run.folder={tmp_path / 'whole'}")
+    whole = train_here(config, f"run.folder={tmp_path / 'whole'}", processes=2)
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert "best validation loss" in whole.stdout and str(tmp_path / "whole") in whole.stdout
     lines = metrics(tmp_path / "whole")
@@ -160,7 +162,7 @@ def test_a_killed_rank_ends_the_job_and_it_resumes(write, tmp_path, victim):
     # A checkpoint that lost a file is skipped with a warning.
     newest = max((folder / "checkpoints").glob("step-*"))
     next(newest.glob("*.distcp")).unlink()
-    again = train(config, "train.steps=14", "checkpoint.keep=3")  # here, pytest would take the warning
+    again = train_here(config, "train.steps=14", "checkpoint.keep=3", processes=2)
     assert again.returncode == 0, again.stderr[-3000:]
     assert newest.name in again.stdout + again.stderr
     first = metrics(folder)

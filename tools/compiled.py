@@ -23,7 +23,7 @@ from pipehc.kernels.projection import padded_columns
 from pipehc.kernels.tiles import block_channels, max_registers, row_channels
 
 STREAMS = {"x", "f", "x_next", "y", "d_x", "d_f", "d_y", "d_x_next", "d_x_direct", "d_f_before", "norm_weight", "d_weight"}
-INTEGERS = {"T", "C", "TILES", "SPLITS", "STEPS", "PHI_PARTS", "SMALL_PARTS", "WEIGHT_PARTS", "SIZE"}
+INTEGERS = {"T", "C", "TILES", "STREAMS", "SPLITS", "STEPS", "PHI_PARTS", "SMALL_PARTS", "WEIGHT_PARTS", "SIZE"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -39,9 +39,9 @@ class Form:
     options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
 
 
-def forms(manifold: Manifold | None = None, n: int = 4) -> dict[str, Form]:
+def forms(manifold: Manifold | None = None, n: int = 4, arch: int = 90) -> dict[str, Form]:
     """The kernels of all operations at n streams, as the wrappers launch them, without and with the norm of y. manifold: of the
-    maps; None: every one."""
+    maps; None: every one. arch: compute capability times ten."""
     names = ("forward", "backward", "pre", "post_res", "rebuild")
     modules = {name: importlib.import_module(f"pipehc.kernels.{name}") for name in names}
     forward, backward = modules["forward"], modules["backward"]
@@ -76,17 +76,19 @@ def forms(manifold: Manifold | None = None, n: int = 4) -> dict[str, Form]:
         streams = "streams apart" if kind.per_stream else "all streams"
         if f"phi_gradient_kernel {streams}" in found:
             continue  # the maps are not in them
-        options = {"num_warps": 4, "num_stages": 1}
+        factors = arch // 10 not in (9, 10)  # factors_in_registers
+        options, own = {"num_warps": 4, "num_stages": 1}, {"maxnreg": max_registers(n, factors)}
         slab = products | {"BT": backward.PHI_TOKENS, "BC": backward.PHI_CHANNELS}
         found[f"phi_gradient_kernel {streams}"] = Form(backward.phi_gradient_kernel, slab, options)
         products["FENCE"] = True
         tile = products | {"BT": forward.project_tokens(kind.per_stream), "BC": block_channels(n)}
-        found[f"project_kernel {streams}"] = Form(forward.project_kernel, tile | alone, options | most)
-        found[f"project_kernel of post_res_pre {streams}"] = Form(forward.project_kernel, tile, options | most)
-        tile = products | {"BT": backward.GRADIENT_TOKENS, "BC": block_channels(n) // 2, "d_x_direct": None}
+        found[f"project_kernel {streams}"] = Form(forward.project_kernel, tile | alone, options | own)
+        found[f"project_kernel of post_res_pre {streams}"] = Form(forward.project_kernel, tile, options | own)
+        each = backward.GRADIENT_TOKENS // (2 if factors else 1)
+        tile = products | {"BT": each, "BC": block_channels(n) // 2, "d_x_direct": None}
         unlinked = dict.fromkeys(("h_post_before", "d_f_before"))
         for title, norm in ((streams, WITHOUT_NORM), (f"with norm {streams}", {})):
-            of, options = (backward.stream_gradient_kernel, tile | norm), {"num_warps": 8, **most}
+            of, options = (backward.stream_gradient_kernel, tile | norm), {"num_warps": each // 8, **own}
             found[f"stream_gradient_kernel {title}"] = Form(of[0], of[1] | unlinked, options)
             found[f"stream_gradient_kernel of post_res_pre {title}"] = Form(*of, options)
     return found

@@ -121,7 +121,7 @@ def compile_kernels(channels: list[int], arch: int) -> list[dict[str, Any]]:
     from compiled import forms, resources, specialization
 
     rows = []
-    for name, form in forms().items():
+    for name, form in forms(arch=arch).items():
         binaries: dict[Any, list[int]] = {}
         for c in channels:
             binaries.setdefault(specialization(form, {"C": c}, arch), []).append(c)

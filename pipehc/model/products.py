@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-META_WIDENS = torch.__version__ >= "2.10"  # compared as versions, not as strings
 grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
@@ -24,14 +25,26 @@ def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.detach().as_strided((len(weights), *first.shape), (step, *first.stride()), offsets[0])
 
 
+@lru_cache
+def meta_widens() -> bool:
+    """Whether a product of 16-bit tensors without data can have an fp32 result: that fails up to torch 2.11, and perhaps later."""
+    with _disable_current_modes():  # a dry run would count it
+        wide, half = torch.empty(1, 1, device="meta"), torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
+        try:
+            torch.addmm(wide, half, half, out_dtype=torch.float32, out=wide)
+        except TypeError:
+            return False
+    return True
+
+
 def _plain() -> bool:
     return os.environ.get("PIPEHC_KERNELS") == "reference"
 
 
 def widens(x: torch.Tensor) -> bool:
-    """Whether products of tensors like this, in 16 bits, can have fp32 results. Meta stands for a GPU, but under torch 2.9, whose
-    meta kernel of them fails: dry runs count sums of their own there."""
-    half = x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or (x.is_meta and META_WIDENS))
+    """Whether products of tensors like this, in 16 bits, can have fp32 results. Meta stands for a GPU, where torch can do it on meta:
+    elsewhere dry runs count sums of their own."""
+    half = x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or (x.is_meta and meta_widens()))
     return half and hasattr(torch.ops.aten.addmm, "dtype_out") and not _plain()
 
 

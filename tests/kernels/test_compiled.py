@@ -102,7 +102,7 @@ def test_every_number_of_streams_compiles_and_fits(n, streams):
 import json
 from compiled import forms, resources
 from pipehc.kernels.manifolds import Birkhoff
-found = {{name: resources(form, 2560, 80, "{streams}") for name, form in forms(Birkhoff(), {n}).items()}}
+found = {{name: resources(form, 2560, 80, "{streams}") for name, form in forms(Birkhoff(), {n}, 80).items()}}
 print(json.dumps({{name: [r["shared"], r["atomics"]] for name, r in found.items()}}))
 """
     found = without_interpreter(code)

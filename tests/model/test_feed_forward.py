@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import silu
 
 from pipehc.model.feed_forward import Groups, Projection, feed_forward
-from pipehc.model.products import META_WIDENS, add_product, product_adds, stacked, why_not_grouped
+from pipehc.model.products import add_product, meta_widens, product_adds, stacked, why_not_grouped
 from pipehc.model.wgrad import Accumulate, WeightGradStore
 
 ROWS = (3, 0, 5, 1)
@@ -124,11 +124,11 @@ def test_products_of_bf16_add_themselves_where_torch_can(monkeypatch):
     """On a GPU; meta stands for one, unless plain PyTorch is asked for."""
     half = {d: torch.zeros(8, 8, dtype=torch.bfloat16, device=d) for d in ("cpu", "meta")}
     wide = {d: torch.zeros(8, 8, device=d) for d in half}
-    assert [product_adds(half[d], wide[d]) for d in half] == [False, META_WIDENS]
+    assert [product_adds(half[d], wide[d]) for d in half] == [False, meta_widens()]
     assert [why_not_grouped(half[d]) is None for d in half] == [False, True]
     assert "bf16" in why_not_grouped(wide["meta"])
     assert "16 bytes" in why_not_grouped(half["meta"][:, :6])
-    if META_WIDENS:
+    if meta_widens():
         add_product(wide["meta"], half["meta"], half["meta"])
     monkeypatch.setenv("PIPEHC_KERNELS", "reference")
     assert not product_adds(half["meta"], wide["meta"]) and why_not_grouped(half["meta"]) is not None

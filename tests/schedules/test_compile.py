@@ -227,8 +227,7 @@ print(time.process_time() - start, *(m for m in ("torch", "matplotlib", "rich", 
 
 
 @pytest.mark.slow
-@pytest.mark.timed
 def test_compile_speed() -> None:
     start = time.process_time()
-    compile(build("dualpipe", 64, 512))
-    assert time.process_time() - start < 60  # most of it proves that issued work ends: clocks of 64 ranks for 100,000 instructions
+    compile(build("dualpipe", 64, 256))
+    assert time.process_time() - start < 45  # most of it proves that issued work ends: clocks of 64 ranks for 50,000 instructions

@@ -22,10 +22,10 @@ EDGES = [(a, b) for a in range(RANKS) for b in range(RANKS) if a != b]
 
 
 def random_programs(seed, count):
-    """(program, overlap) of valid schedules; a fifth from the search, the rest from families and at random."""
+    """(program, overlap) of valid schedules; a tenth from the search, the rest from families and at random."""
     rng, programs = random.Random(seed), []
     while len(programs) < count:
-        make = rng.choice([random_auto, random_family, random_family, random_schedule, random_schedule])
+        make = random_auto if rng.random() < 0.1 else rng.choice([random_family, random_schedule])
         options = {"ahead": rng.randint(1, 4), "split_backward": rng.random() < 0.7, "recompute": rng.random() < 0.5}
         try:
             program = compile(make(rng, RANKS), high=rng.random() < 0.5, **options)

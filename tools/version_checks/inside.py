@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-MAX_SPILLED = 8
-"""Bytes of a thread: what Triton 3.6 takes for the blended map on sm_80, outside of the inner loops; 3.8 must do without any
+MAX_SPILLED = 16
+"""Bytes of a thread: what Triton 3.6 takes for one product on sm_100, and half of that on sm_90; 3.8 must do without any
 (tests/tools/test_kernel_report.py)."""
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -48,7 +48,7 @@ def compiled(architectures: list[int], manifold: str | None) -> dict[str, Any]:
     tried, errors = 0, []
     registers, spilled = 0, 0
     for arch in architectures:
-        for name, form in forms().items():
+        for name, form in forms(arch=arch).items():
             if manifold and not name.endswith((manifold, "all streams", "streams apart")):
                 continue
             tried += 1
@@ -58,7 +58,7 @@ def compiled(architectures: list[int], manifold: str | None) -> dict[str, Any]:
                 errors.append(f"{name}, sm_{arch}: {type(error).__name__}: {_first_line(error)}")
                 continue
             registers, spilled = max(registers, row["registers"]), max(spilled, row["spilled"])
-            if row["registers"] > max_registers(4) or row["spilled"] > MAX_SPILLED or row["atomics"]:
+            if row["registers"] > max_registers(4, arch // 10 not in (9, 10)) or row["spilled"] > MAX_SPILLED or row["atomics"]:
                 figures = (f"{row[name]} {name}" for name in ("registers", "spilled", "atomics"))
                 errors.append(f"{name}, sm_{arch}: {', '.join(figures)}")
     return {"tried": tried, "errors": errors, "registers": registers, "spilled": spilled}

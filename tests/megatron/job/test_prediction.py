@@ -28,7 +28,7 @@ def train(rank, arguments, steps=3, microbatches=8):
         assert ps.is_pipeline_last_stage() or not torch.tensor(depths).any()
         found.append((loss, norm, torch.tensor(depths).flatten().tolist() if ps.is_pipeline_last_stage() else None))
         MTPLossLoggingHelper.clean_metrics_in_tracker()
-    return found, job.evaluate(7, share)
+    return found, job.evaluate(7, share // 2)
 
 
 def check(processes, arguments, steps):
