@@ -30,8 +30,8 @@ from pipehc.kernels.tiles import block_channels, max_registers, row_channels
 MAP_TOKENS = 8
 """Tokens of a program of `map_backward_kernel`."""
 GRADIENT_TOKENS = 64
-"""Of a program of `stream_gradient_kernel`: with fewer, phi is read more often than the streams. Half of them, in half as many warps,
-where registers hold the factors of products: eight warps of so many registers would be alone on their multiprocessor."""
+"""Of a program of `stream_gradient_kernel`: with fewer, phi is read more often than the streams. Half of them, in half as many
+warps, where registers hold the factors of products: eight warps of so many registers would be alone on their multiprocessor."""
 PHI_TOKENS, PHI_CHANNELS = 64, 64
 """Of a step of `phi_gradient_kernel`."""
 
@@ -208,13 +208,13 @@ def launch_mapping_backward(
     block = block_channels(n) // 2
     factors = factors_in_registers(x.device)
     each = GRADIENT_TOKENS // 2 if factors else GRADIENT_TOKENS
-    tiles, blocks = triton.cdiv(channels, block), triton.cdiv(tokens, each)
+    pairs, blocks = triton.cdiv(channels, 2 * block), triton.cdiv(tokens, each)
     weight_shares = None if norm_weight is None else x.new_empty(blocks, channels, dtype=torch.float32)
     product = {"n": n, "PADDED": padded_columns(n, manifold.per_stream), "PER_STREAM": manifold.per_stream}
     product["PRECISION"] = product_precision(x.dtype)
     launch(
         stream_gradient_kernel,
-        (tiles * blocks,),
+        (2 * pairs * blocks,),
         x,
         incoming.y,
         d_x_next,
@@ -247,7 +247,7 @@ def launch_mapping_backward(
     phi_shares = x.new_empty(spans, *phi.shape, dtype=torch.float32)
     launch(
         phi_gradient_kernel,
-        (slabs, streams, spans),
+        (spans, streams, slabs),
         x,
         d_product,
         phi_shares,

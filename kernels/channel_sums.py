@@ -46,7 +46,7 @@ def store_channel_sums(
         inside = tokens & (c < C)
         streams = load_tiles(x, t, c, C, inside, n)
         if f is not None:
-            branch = tl.load(f + t * C + c, mask=inside, other=0.0).to(tl.float32)
+            branch = tl.load(f + t * C + c, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
             new_res, new_post = (), ()
             for i in tl.static_range(n):
                 grad = tl.load(d_x_next + t * (n * C) + i * C + c, mask=inside, other=0.0).to(tl.float32)

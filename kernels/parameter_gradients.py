@@ -24,12 +24,12 @@ def phi_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """x^T d_product of BC channels of a stream, all of them where they share phi, over STEPS times BT tokens: to `shares`
-    [spans of tokens, *phi]. The last tokens first, which the launch before has left in L2."""
+    [spans of tokens, *phi]. The first channels first, which the launch before has left in L2."""
     K: tl.constexpr = n * n + 2 * n
     WIDTH: tl.constexpr = n + 2 if PER_STREAM else K
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
     j = tl.program_id(1)
-    span = tl.num_programs(2) - 1 - tl.program_id(2)
+    span = tl.program_id(0)
     k = tl.arange(0, PADDED)[None, :]
     t = tl.arange(0, BT)[:, None]
     total = tl.zeros([BC, PADDED], tl.float32)
@@ -39,7 +39,7 @@ def phi_gradient_kernel(
         rows = at_token(x, token, n * C) + t * (n * C) + c[None, :]
         for i in tl.static_range(n if PER_STREAM else 1):
             entry, valid = columns_of(i, n, PADDED, PER_STREAM)
-            stream = tl.load(rows + (j + i) * C, mask=tokens & (c < C)[None, :], other=0.0)
+            stream = tl.load(rows + (j + i) * C, mask=tokens & (c < C)[None, :], other=0.0, eviction_policy="evict_first")
             grad = tl.load(at_token(d_product, token, K) + t * K + entry, mask=tokens & valid, other=0.0)
             total = tl.dot(tl.trans(stream.to(tl.float32)), grad, total, input_precision=PRECISION)
     shares += span.to(tl.int64) * ((C if PER_STREAM else n * C) * WIDTH)

@@ -38,13 +38,16 @@ def stream_gradient_kernel(
     the terms whose inputs are not None. And d_f_before = H_post_before . d_x if asked for.
 
     With norm_weight the d_y given is the gradient of the normed y (channel_sums.py); the weight's own gradient is summed over the
-    program's tokens, to `weight_shares` [blocks of tokens, C]. The last tokens first, which the launch before has left in L2."""
+    program's tokens, to `weight_shares` [blocks of tokens, C]. The last channels first: those are what the launch before, of which
+    all programs run at a time, has left in L2."""
     K: tl.constexpr = n * n + 2 * n
     GROUPS: tl.constexpr = n if PER_STREAM else 1
-    tiles = tl.cdiv(C, BC)
-    block = tl.num_programs(0) // tiles - 1 - tl.program_id(0) // tiles
+    blocks = tl.cdiv(T, BT)
+    pair = tl.program_id(0) // 2  # of tiles, which share lines of memory
+    block = blocks - 1 - pair % blocks
     token = block * BT
-    c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
+    tile = 2 * (tl.num_programs(0) // (2 * blocks) - 1 - pair // blocks) + tl.program_id(0) % 2
+    c = tile * BC + tl.arange(0, BC)
     at = c[None, :]
     t = tl.arange(0, BT)[:, None]
     tokens = t < T - token
@@ -53,9 +56,10 @@ def stream_gradient_kernel(
     streams = load_tiles(at_token(x, token, n * C), t, at, C, inside, n)
     if d_y is not None:
         h_pre = at_token(h_pre, token, n)
-        grad_y = tl.load(at_token(d_y, token, C) + t * C + at, mask=inside, other=0.0).to(tl.float32)
+        dead = tl.load(at_token(d_y, token, C) + t * C + at, mask=inside, other=0.0, eviction_policy="evict_first")
+        grad_y = dead.to(tl.float32)
     if d_x_next is not None:
-        grads = load_tiles(at_token(d_x_next, token, n * C), t, at, C, inside, n)
+        grads = load_tiles(at_token(d_x_next, token, n * C), t, at, C, inside, n, "evict_first")
         h_res = at_token(h_res, token, n * n)
     if d_x_direct is not None:
         d_x_direct = at_token(d_x_direct, token, n * C)
@@ -82,7 +86,7 @@ def stream_gradient_kernel(
                 out += tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0) * widened(grads[i], FENCE)
         if d_x_direct is not None:
             out += tl.load(d_x_direct + j * C + place, mask=inside, other=0.0).to(tl.float32)
-        store_rounded(d_x + j * C + place, out, inside)
+        store_rounded(d_x + j * C + place, out, inside, "evict_first")
         if h_post_before is not None:
             grad_f += tl.load(h_post_before + t * n + j, mask=tokens, other=0.0) * out
     if h_post_before is not None:

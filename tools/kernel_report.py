@@ -1,10 +1,12 @@
 """What every kernel costs, measured without a GPU: counted traffic, launches, and the compiled code's resources.
 
     python tools/kernel_report.py [--tokens 64] [--channels 2560] [--compile-channels 1280 ...] [--arch 80 90 100]
-                                  [--only traffic|compiled] [--json FILE]
+                                  [--only traffic|compiled|caches] [--cache-tokens 4096] [--json FILE]
 
 Traffic comes from Triton's interpreter (traffic.py), resources from compiling ahead of time and reading the machine code. The two
-need different settings of TRITON_INTERPRET, so each runs in a process of its own.
+need different settings of TRITON_INTERPRET, so each runs in a process of its own. Traffic counts what a launch reads more than once
+as read once; `--only caches`, which takes half an hour and runs when asked for alone, models what an H100's caches let through
+(cache_model.py).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +35,15 @@ MINIMUM = {
 launches would move less, but on an H100 took longer (forward.py, backward.py)."""
 
 
-def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
-    """One row per form: launches, torch operations, units read and written, and bytes of phi's shape (counted apart)."""
+def boundary(tokens: int, channels: int, meter: type[Any], add: Callable[[str, Any], None]) -> None:
+    """Runs what a boundary between two sub-layers launches, fused and not, with the norm of y and without it: `add` is given the
+    name of each form and the meter that was open around it."""
     import torch
-    from traffic import Traffic, units
 
-    from pipehc.kernels import coefficients_pre, forward, post_res, post_res_pre
+    from pipehc.kernels import coefficients_pre, post_res, post_res_pre
     from pipehc.kernels.manifolds import Birkhoff
-    from pipehc.kernels.rms_norm import rms_norm
 
     n = 4
-    # Channels in as many parts as for 4096 tokens.
-    forward.PROGRAMS = -(-forward.PROGRAMS // -(-4096 // forward.PROJECT_TOKENS)) * -(-tokens // forward.PROJECT_TOKENS)
     manifold = Birkhoff(iterations=2)  # iterations move no bytes
     generator = torch.Generator().manual_seed(0)
 
@@ -56,9 +56,46 @@ def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
     x, f, f_next = (leaf(tokens, *shape, channels, dtype=torch.bfloat16) for shape in ((n,), (), ()))
     d_y = torch.randn(tokens, channels, generator=generator).to(torch.bfloat16)
     d_x = torch.randn(tokens, n, channels, generator=generator).to(torch.bfloat16)
+    for title, norm in (("", {}), (" with norm", {"norm": leaf(channels, dtype=torch.bfloat16), "eps": 1e-6})):
+        for t in (x, f, f_next):
+            t.grad = None  # to add to one is not counted
+        first, second, third = parameters(), parameters(), parameters()
+        settings = {"manifold": manifold, **norm}
+        with meter() as counted:
+            y, h_post, h_res = coefficients_pre(x, *first, **settings)
+            x_next = post_res(x, f, h_post, h_res)
+        add(f"coefficients_pre + post_res forward{title}", counted)
+        with meter() as counted:
+            torch.autograd.backward([x_next, y], [d_x, d_y])
+        add(f"coefficients_pre + post_res backward{title}", counted)
+
+        # A boundary between two sub-layers: its neighbours are there, so that it gets and hands on what it would in a model.
+        y, h_post, h_res = coefficients_pre(x, *second, **settings)
+        with meter() as counted:
+            middle, y_next, h_post, h_res = post_res_pre(x, f, h_post, h_res, *third, **settings)
+        add(f"post_res_pre forward{title}", counted)
+        last = post_res(middle, f_next, h_post, h_res)
+        with meter() as counted:
+            torch.autograd.backward([last, y_next, y], [d_x, d_y, d_y])
+        # Of the whole chain's backward, the boundary owns the first four launches from a map_backward_kernel on.
+        start = [launch.name for launch in counted.launches].index("map_backward_kernel")
+        counted.launches, counted.operations = counted.launches[start : start + 4], []
+        add(f"post_res_pre backward{title}", counted)
+
+
+def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
+    """One row per form: launches, torch operations, units read and written, and bytes of phi's shape (counted apart)."""
+    import torch
+    from traffic import Traffic, units
+
+    from pipehc.kernels import forward
+    from pipehc.kernels.rms_norm import rms_norm
+
+    # Channels in as many parts as for 4096 tokens.
+    forward.PROGRAMS = -(-forward.PROGRAMS // -(-4096 // forward.PROJECT_TOKENS)) * -(-tokens // forward.PROJECT_TOKENS)
     rows = []
 
-    def row(form: str, counted: Traffic, minimum: float) -> None:
+    def row(form: str, counted: Traffic) -> None:
         everything = counted.launches + counted.operations
         read, written = units(everything, tokens, channels, phi_shaped=False)
         phi = sum(units(everything, tokens, channels, phi_shaped=True))
@@ -70,50 +107,86 @@ def count_traffic(tokens: int, channels: int) -> list[dict[str, Any]]:
                 "read": round(read, 2),
                 "written": round(written, 2),
                 "sum": round(read + written, 2),
-                "minimum": minimum,
+                "minimum": MINIMUM[form.removesuffix(" with norm")],
                 "phi_mib": round(phi * tokens * channels * 2 / 2**20, 2),
             }
         )
 
-    for title, norm in (("", {}), (" with norm", {"norm": leaf(channels, dtype=torch.bfloat16), "eps": 1e-6})):
-
-        def counted_as(form: str, counted: Traffic, title: str = title) -> None:
-            row(form + title, counted, MINIMUM[form])
-
-        for t in (x, f, f_next):
-            t.grad = None  # to add to one is not counted
-        first, second, third = parameters(), parameters(), parameters()
-        settings = {"manifold": manifold, **norm}
-        with Traffic() as counted:
-            y, h_post, h_res = coefficients_pre(x, *first, **settings)
-            x_next = post_res(x, f, h_post, h_res)
-        counted_as("coefficients_pre + post_res forward", counted)
-        with Traffic() as counted:
-            torch.autograd.backward([x_next, y], [d_x, d_y])
-        counted_as("coefficients_pre + post_res backward", counted)
-
-        # A boundary between two sub-layers: its neighbours are there, so that it gets and hands on what it would in a model.
-        y, h_post, h_res = coefficients_pre(x, *second, **settings)
-        with Traffic() as counted:
-            middle, y_next, h_post, h_res = post_res_pre(x, f, h_post, h_res, *third, **settings)
-        counted_as("post_res_pre forward", counted)
-        last = post_res(middle, f_next, h_post, h_res)
-        with Traffic() as counted:
-            torch.autograd.backward([last, y_next, y], [d_x, d_y, d_y])
-        # Of the whole chain's backward, the boundary owns the first four launches from a map_backward_kernel on.
-        names = [launch.name for launch in counted.launches]
-        start = names.index("map_backward_kernel")
-        counted.launches, counted.operations = counted.launches[start : start + 4], []
-        counted_as("post_res_pre backward", counted)
-
-    y, weight = leaf(tokens, channels, dtype=torch.bfloat16), leaf(channels, dtype=torch.bfloat16)
+    boundary(tokens, channels, Traffic, row)
+    y, weight = (torch.randn(*shape, channels).to(torch.bfloat16).requires_grad_() for shape in ((tokens,), ()))
     with Traffic() as counted:
         z = rms_norm(y, weight, 1e-6)
-    row("RMSNorm of y, eager, forward", counted, MINIMUM["RMSNorm of y, eager, forward"])
+    row("RMSNorm of y, eager, forward", counted)
     with Traffic() as counted:
-        z.backward(d_y)
-    row("RMSNorm of y, eager, backward", counted, MINIMUM["RMSNorm of y, eager, backward"])
+        z.backward(torch.randn(tokens, channels).to(torch.bfloat16))
+    row("RMSNorm of y, eager, backward", counted)
     return rows
+
+
+CACHES: dict[str, dict[str, Any]] = {
+    "50 MB": {},
+    "50 MB, at random": {"at_random": True},
+    "25 MB": {"l2_bytes": 25 * 10**6},
+}
+"""Models of an H100's L2 (cache_model.py)."""
+MEMORY_RATE, L2_RATE = 3.0e12, 5.5e12
+"""Bytes/s, for modelled times."""
+
+
+def model_caches(tokens: int, channels: int, resident: dict[str, int]) -> list[dict[str, Any]]:
+    """One row per form and model of L2: units through memory and L2, phi and its gradient included, and the time of the launches,
+    each that of the slower of the two. resident: by form of a kernel, how many programs a multiprocessor holds."""
+    from cache_model import Caches, Device
+    from programs import Recorder
+
+    rows = []
+
+    def row(form: str, recorded: Recorder) -> None:
+        unit = 2 * tokens * channels
+        for model, settings in CACHES.items():
+            caches = Caches(Device(**settings))
+            for launch in recorded.launches:
+                caches.launch(launch.programs(), resident[form_of(launch.name, launch.arguments, resident)])
+            last = caches.end()
+            seconds = sum(max(m.memory / MEMORY_RATE, m.l2 / L2_RATE) for m in [*caches.moved, last])
+            moved = sum(caches.moved, last)
+            rows.append(
+                {
+                    "form": form,
+                    "L2": model,
+                    "launches": len(recorded.launches),
+                    "memory": round(moved.memory / unit, 2),
+                    "read": round(moved.memory_read / unit, 2),
+                    "written": round(moved.memory_written / unit, 2),
+                    "through L2": round(moved.l2 / unit, 2),
+                    "modelled us": round(1e6 * seconds),
+                }
+            )
+
+    boundary(tokens, channels, Recorder, row)
+    return rows
+
+
+def form_of(kernel: str, arguments: Mapping[str, Any], forms: Collection[str]) -> str:
+    """The one among the names of compiled.forms that a launch is."""
+    norm = any(arguments.get(name) is not None for name in ("norm_weight", "weight_shares"))
+    follows = arguments.get({"project_kernel": "x_next", "stream_gradient_kernel": "h_post_before"}.get(kernel, "")) is not None
+    (found,) = (f for f in forms if f.split()[0] == kernel and ("norm" in f) == norm and ("of post_res_pre" in f) == follows)
+    return found
+
+
+def resident_programs(channels: int) -> dict[str, int]:
+    """Of each form, for the paper's map."""
+    from cache_model import Device
+    from compiled import forms, resources
+
+    from pipehc.kernels.manifolds import Birkhoff
+
+    found = {}
+    for name, form in forms(Birkhoff()).items():
+        used = resources(form, channels, 90)
+        found[name] = Device().resident(used["registers"], used["shared"], form.options["num_warps"])
+    return found
 
 
 def compile_kernels(channels: list[int], arch: int) -> list[dict[str, Any]]:
@@ -150,24 +223,38 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=2560)
     parser.add_argument("--compile-channels", type=int, nargs="+", default=[1280, 1920, 2560, 4096, 7168])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--only", choices=["traffic", "compiled"])
+    parser.add_argument("--cache-tokens", type=int, default=4096)
+    parser.add_argument("--only", choices=["traffic", "compiled", "caches"])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--worker", choices=["traffic", "compiled"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["traffic", "compiled", "caches", "resident"], help=argparse.SUPPRESS)
+    parser.add_argument("--resident", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker == "resident":
+        print(json.dumps(resident_programs(options.channels)))
+        return
+    if options.worker == "caches":
+        print(json.dumps(model_caches(options.cache_tokens, options.channels, options.resident)))
+        return
     if options.worker == "traffic":
         print(json.dumps(count_traffic(options.tokens, options.channels)))
         return
     if options.worker == "compiled":
         print(json.dumps([r for arch in options.arch for r in compile_kernels(options.compile_channels, arch)]))
         return
-    size = ["--tokens", options.tokens, "--channels", options.channels, "--arch", *options.arch]
-    size = [str(v) for v in (*size, "--compile-channels", *options.compile_channels)]
+    size = ["--tokens", options.tokens, "--channels", options.channels, "--cache-tokens", options.cache_tokens]
+    size = [str(v) for v in (*size, "--arch", *options.arch, "--compile-channels", *options.compile_channels)]
     report = {
         kind: [] if options.only not in (None, kind) else in_process(kind == "traffic", ["--worker", kind, *size])
         for kind in ("traffic", "compiled")
     }
+    report["caches"] = []
+    if options.only == "caches":
+        resident = in_process(False, ["--worker", "resident", *size])
+        report["caches"] = in_process(True, ["--worker", "caches", "--resident", json.dumps(resident), *size])
     show(f"Traffic at T = {options.tokens}, C = {options.channels}, n = 4, bf16, in units of T*C elements", report["traffic"])
     show("Compiled kernels", report["compiled"])
+    at = f"T = {options.cache_tokens}, C = {options.channels}"
+    show(f"Modelled at {at}, n = 4, bf16, through the caches of an H100, in the same units", report["caches"])
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
 

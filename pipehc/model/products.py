@@ -42,8 +42,8 @@ def _plain() -> bool:
 
 
 def widens(x: torch.Tensor) -> bool:
-    """Whether products of tensors like this, in 16 bits, can have fp32 results. Meta stands for a GPU, where torch can do it on meta:
-    elsewhere dry runs count sums of their own."""
+    """Whether products of tensors like this, in 16 bits, can have fp32 results. Meta stands for a GPU where torch can do them on
+    meta; elsewhere dry runs count sums of their own."""
     half = x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or (x.is_meta and meta_widens()))
     return half and hasattr(torch.ops.aten.addmm, "dtype_out") and not _plain()
 

@@ -108,3 +108,16 @@ print(json.dumps({{name: [r["shared"], r["atomics"]] for name, r in found.items(
     found = without_interpreter(code)
     assert len(found) == 21
     assert all(shared <= 163 * 1024 and atomics == 0 for shared, atomics in found.values()), found
+
+
+@pytest.mark.slow
+def test_products_whose_factors_take_registers_do_not_spill():
+    code = """
+import json
+from compiled import forms, resources
+every = forms(arch=80)
+names = [name for name in every if name.startswith(("project_kernel", "stream_gradient_kernel"))]
+print(json.dumps([[name, resources(every[name], 2560, 80)["spilled"]] for name in names]))
+"""
+    found = without_interpreter(code)
+    assert len(found) == 12 and not any(spilled for _, spilled in found), found

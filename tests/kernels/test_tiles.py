@@ -24,7 +24,7 @@ class Nothing:
 
 
 FIRST = {"map_kernel": -(-TAIL // 2), "stream_gradient_kernel": 2}
-"""Programs of the last tokens, where they are not the last program: two tokens each; two tiles of channels."""
+"""Programs of the last tokens, where they are not the last program: two tokens each; a pair of tiles of channels."""
 
 
 @pytest.fixture
