@@ -124,7 +124,7 @@ def project_kernel(
                 stream = tl.load(x + t * (n * C) + i * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
                 sums, squares = project(stream, sums, squares, phi, c, i, C, n, PADDED, PER_STREAM, PRECISION)
         else:
-            streams = load_tiles(x, t, c[None, :], C, inside, n, "evict_first")
+            streams = load_tiles(x, t, c[None, :], C, inside, n, DEAD=True)
             branch = tl.load(f + t * C + c[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
             for i in tl.range(STREAMS, num_stages=1):
                 stream = tl.load(h_post + t * n + i, mask=tokens, other=0.0) * widened(branch, FENCE)
@@ -234,7 +234,7 @@ def map_kernel(
         for first in range(0, C, BC):
             c = first + tl.arange(0, BC)[None, :]
             inside = tokens & (c < C)
-            out = aggregate(load_tiles(x, t, c, C, inside, n, "evict_first"), weights, n)
+            out = aggregate(load_tiles(x, t, c, C, inside, n, DEAD=True), weights, n)
             if norm_weight is not None:
                 out *= scale * tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
             store_rounded(y + t * C + c, out, inside)

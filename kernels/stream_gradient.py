@@ -59,7 +59,7 @@ def stream_gradient_kernel(
         dead = tl.load(at_token(d_y, token, C) + t * C + at, mask=inside, other=0.0, eviction_policy="evict_first")
         grad_y = dead.to(tl.float32)
     if d_x_next is not None:
-        grads = load_tiles(at_token(d_x_next, token, n * C), t, at, C, inside, n, "evict_first")
+        grads = load_tiles(at_token(d_x_next, token, n * C), t, at, C, inside, n, DEAD=True)
         h_res = at_token(h_res, token, n * n)
     if d_x_direct is not None:
         d_x_direct = at_token(d_x_direct, token, n * C)
@@ -86,7 +86,7 @@ def stream_gradient_kernel(
                 out += tl.load(h_res + t * (n * n) + i * n + j, mask=tokens, other=0.0) * widened(grads[i], FENCE)
         if d_x_direct is not None:
             out += tl.load(d_x_direct + j * C + place, mask=inside, other=0.0).to(tl.float32)
-        store_rounded(d_x + j * C + place, out, inside, "evict_first")
+        store_rounded(d_x + j * C + place, out, inside, DEAD=True)
         if h_post_before is not None:
             grad_f += tl.load(h_post_before + t * n + j, mask=tokens, other=0.0) * out
     if h_post_before is not None:

@@ -23,12 +23,12 @@ def load_columns(pointer, t, tokens, count: tl.constexpr):
 
 
 @triton.jit
-def load_tiles(pointer, t, c, C, mask, n: tl.constexpr, EVICT: tl.constexpr = ""):
-    """The n streams of [T, n, C] at tokens t and channels c, in the dtype they are stored in. EVICT is "evict_first" where nothing
-    reads them again soon: L2 has better use for the room (tools/kernel_report.py --only caches)."""
+def load_tiles(pointer, t, c, C, mask, n: tl.constexpr, DEAD: tl.constexpr = False):
+    """The n streams of [T, n, C] at tokens t and channels c, in the dtype they are stored in. DEAD where nothing reads them
+    again soon: L2 has better use for the room (tools/kernel_report.py --only caches)."""
     out = ()
     for j in tl.static_range(n):
-        out += (tl.load(pointer + t * (n * C) + j * C + c, mask=mask, other=0.0, eviction_policy=EVICT),)
+        out += (tl.load(pointer + t * (n * C) + j * C + c, mask=mask, other=0.0, eviction_policy="evict_first" if DEAD else ""),)
     return out
 
 
@@ -92,12 +92,12 @@ def row_sums(accumulators, count: tl.constexpr, PADDED: tl.constexpr, MAX_LEVELS
 
 
 @triton.jit
-def store_rounded(pointer, value, mask, EVICT: tl.constexpr = ""):
+def store_rounded(pointer, value, mask, DEAD: tl.constexpr = False):
     """Store fp32 values in the dtype of the pointer. fp16 saturates: the gradient of a row of zeros is huge, but stays finite.
-    EVICT as in `load_tiles`."""
+    DEAD as in `load_tiles`."""
     if pointer.dtype.element_ty == tl.float16:
         value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
-    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask, eviction_policy="evict_first" if DEAD else "")
 
 
 def block_channels(n: int) -> int:
