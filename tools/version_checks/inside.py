@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-MAX_SPILLED = 16
-"""Bytes of a thread: what Triton 3.6 takes for one product on sm_100, and half of that on sm_90; 3.8 must do without any
-(tests/tools/test_kernel_report.py)."""
+MAX_SPILLED = 24
+"""Bytes of a thread: what Triton 3.5 takes for two of 132 kernels, on sm_100, and 3.6 less, for one; 3.8 must do without any on the
+H100 (tests/tools/test_kernel_report.py)."""
 sys.path.insert(0, str(ROOT / "tools"))
 
 
