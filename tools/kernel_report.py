@@ -5,7 +5,7 @@
 
 Traffic comes from Triton's interpreter (traffic.py), resources from compiling ahead of time and reading the machine code. The two
 need different settings of TRITON_INTERPRET, so each runs in a process of its own. Traffic counts what a launch reads more than once
-as read once; `--only caches`, which takes half an hour and runs when asked for alone, models what an H100's caches let through
+as read once; `--only caches`, which takes up to an hour and runs when asked for alone, models what an H100's caches let through
 (cache_model.py).
 """
 
