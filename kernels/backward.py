@@ -23,15 +23,12 @@ from pipehc.kernels.language import INTERPRETED, launch, launches, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.map_gradients import store_map_gradients
 from pipehc.kernels.parameter_gradients import parameter_sum_kernel, phi_gradient_kernel, store_small_share
-from pipehc.kernels.projection import factors_in_registers, padded_columns, product_precision
+from pipehc.kernels.projection import capability, factors_in_registers, padded_columns, product_precision
 from pipehc.kernels.stream_gradient import stream_gradient_kernel
 from pipehc.kernels.tiles import block_channels, max_registers, row_channels
 
 MAP_TOKENS = 8
 """Tokens of a program of `map_backward_kernel`."""
-GRADIENT_TOKENS = 64
-"""Of a program of `stream_gradient_kernel`: with fewer, phi is read more often than the streams. Half of them, in half as many
-warps, where registers hold the factors of products: eight warps of so many registers would be alone on their multiprocessor."""
 PHI_TOKENS, PHI_CHANNELS = 64, 64
 """Of a step of `phi_gradient_kernel`."""
 
@@ -206,8 +203,8 @@ def launch_mapping_backward(
         maxnreg=max_registers(n),
     )
     block = block_channels(n) // 2
-    factors = factors_in_registers(x.device)
-    each = GRADIENT_TOKENS // 2 if factors else GRADIENT_TOKENS
+    factors = factors_in_registers(capability(x.device))
+    each, warps = gradient_tile(factors)
     pairs, blocks = triton.cdiv(channels, 2 * block), triton.cdiv(tokens, each)
     weight_shares = None if norm_weight is None else x.new_empty(blocks, channels, dtype=torch.float32)
     product = {"n": n, "PADDED": padded_columns(n, manifold.per_stream), "PER_STREAM": manifold.per_stream}
@@ -237,7 +234,7 @@ def launch_mapping_backward(
         BT=each,
         BC=block,
         FENCE=not INTERPRETED,
-        num_warps=each // 8,
+        num_warps=warps,
         maxnreg=max_registers(n, factors),
     )
     streams, blocks = 1 if manifold.per_stream else n, triton.cdiv(tokens, PHI_TOKENS)
@@ -270,3 +267,9 @@ def launch_mapping_backward(
     counts = (spans, rows, 0 if weight_shares is None else len(weight_shares))
     launch(parameter_sum_kernel, (1 + of_weight + of_phi,), *tensors, *counts, phi.numel(), channels, n=n, BLOCK=block)
     return Gradients(d_x, d_phi, d_alpha, d_bias, d_number, d_f, d_weight)
+
+
+def gradient_tile(factors: bool) -> tuple[int, int]:
+    """Tokens and warps of a program of `stream_gradient_kernel`: with fewer tokens, phi is read more often than the streams. Half
+    of both where registers hold the factors of products: eight warps of so many registers would be alone on a multiprocessor."""
+    return (32, 4) if factors else (64, 8)

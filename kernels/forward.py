@@ -20,7 +20,7 @@ from pipehc.kernels.language import INTERPRETED, launch, launches, tl, triton
 from pipehc.kernels.manifolds.base import Manifold
 from pipehc.kernels.maps import map_of
 from pipehc.kernels.matrices import store_matrix, store_vector
-from pipehc.kernels.projection import columns_of, factors_in_registers, load_weights, padded_columns, product_precision
+from pipehc.kernels.projection import capability, columns_of, factors_in_registers, load_weights, padded_columns, product_precision
 from pipehc.kernels.rms_norm import Norm
 from pipehc.kernels.tiles import (
     aggregate,
@@ -305,7 +305,7 @@ def launch_mapping(
         PRECISION=product_precision(x.dtype),
         FENCE=not INTERPRETED,
         num_warps=4,
-        maxnreg=max_registers(n, factors_in_registers(x.device)),
+        maxnreg=max_registers(n, factors_in_registers(capability(x.device))),
         num_stages=1,
     )
     launch(

@@ -43,9 +43,14 @@ def padded_columns(n: int, per_stream: bool) -> int:
 
 
 @lru_cache
-def factors_in_registers(device: torch.device) -> bool:
-    """Whether the matrix units take both factors of a product from registers: those of compute capability 9 and 10 do not."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10)
+def capability(device: torch.device) -> int:
+    """The first number of the compute capability; elsewhere than on a GPU that of an H100."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def factors_in_registers(capability: int) -> bool:
+    """Whether the matrix units take both factors of a product from registers."""
+    return capability not in (9, 10)
 
 
 def product_precision(dtype: torch.dtype) -> str:

@@ -39,7 +39,7 @@ def stream_gradient_kernel(
 
     With norm_weight the d_y given is the gradient of the normed y (channel_sums.py); the weight's own gradient is summed over the
     program's tokens, to `weight_shares` [blocks of tokens, C]. The last channels first: those are what the launch before, of which
-    all programs run at a time, has left in L2."""
+    the programs of thousands of tokens run at a time, has left in L2."""
     K: tl.constexpr = n * n + 2 * n
     GROUPS: tl.constexpr = n if PER_STREAM else 1
     blocks = tl.cdiv(T, BT)

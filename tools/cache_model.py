@@ -19,10 +19,8 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
-
-from numpy import int64
-from numpy.typing import NDArray
 
 LINE = 64
 """Bytes: what L2 fetches at a time. Half a line of its own, so that tiles of 32 channels in bf16 share none."""
@@ -33,7 +31,7 @@ class Request(NamedTuple):
 
     writes: bool
     dead: bool
-    lines: Sequence[int] | NDArray[int64]
+    lines: Sequence[int]
 
 
 Program = Sequence[Request]
@@ -139,16 +137,11 @@ class Caches:
         self.moved.append(moved)
         slots = ((place, place % len(l1)) for place in range(resident * len(l1)))
         for (place, unit), program in zip(slots, programs):  # in this order: the last slot must not take a program for nothing
-            heapq.heappush(waiting, (self._chance.random(), place, unit, iter(program)))
+            requests = chain(program, chain.from_iterable(programs))  # whoever ends takes the next one
+            heapq.heappush(waiting, (self._chance.random(), place, unit, requests))
         while waiting:
             clock, place, unit, requests = heapq.heappop(waiting)
             request = next(requests, None)
-            while request is None:
-                program = next(programs, None)
-                if program is None:
-                    break
-                requests = iter(program)
-                request = next(requests, None)
             if request is not None:
                 took = self._request(request, l1[unit], moved) * (0.7 + 0.6 * self._chance.random())
                 heapq.heappush(waiting, (clock + took, place, unit, requests))
@@ -161,7 +154,7 @@ class Caches:
         """Its time."""
         writes, dead, lines = request
         missed = 0
-        for line in lines if isinstance(lines, list) else list(map(int, lines)):
+        for line in lines:
             if not writes:
                 if l1.ask(line, False)[0]:
                     continue

@@ -7,10 +7,10 @@
 A version of two numbers means the newest release of it. Each gets a virtual environment of its own, outside of the repository,
 where pip installs it (torch with the Triton and the CUDA libraries that it asks for, up to 6 GB); the rest comes from the
 environment that runs this. Under every version all modules of pipehc are imported. Under every Triton all kernels are compiled
-ahead of time for sm_80, sm_90 and sm_100, at n = 4 in bf16, which fails above the registers that they may take or 24 spilled bytes
-of a thread, and the quick tests of the kernels run in the interpreter. Under every torch the quick tests run that torch can break.
---tests runs others, given as arguments of pytest. An environment is removed before the next is made, unless --folder keeps them
-for another time.
+ahead of time for sm_80, sm_90 and sm_100, at n = 4 in bf16, which fails above the registers that they may take, or where they
+spill more than a few bytes of a thread, and the quick tests of the kernels run in the interpreter. Under every torch the quick
+tests run that torch can break. --tests runs others, given as arguments of pytest. An environment is removed before the next is
+made, unless --folder keeps them for another time.
 
 Prints a table; the exit code is 1 if anything failed, or nothing was offered.
 """

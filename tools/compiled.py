@@ -19,7 +19,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from pipehc.kernels.forward import map_constants
 from pipehc.kernels.manifolds import Birkhoff, Harmonized, Hybrid, IdentityOffset, Isometric, Manifold
-from pipehc.kernels.projection import padded_columns
+from pipehc.kernels.projection import factors_in_registers, padded_columns
 from pipehc.kernels.tiles import block_channels, max_registers, row_channels
 
 STREAMS = {"x", "f", "x_next", "y", "d_x", "d_f", "d_y", "d_x_next", "d_x_direct", "d_f_before", "norm_weight", "d_weight"}
@@ -76,7 +76,7 @@ def forms(manifold: Manifold | None = None, n: int = 4, arch: int = 90) -> dict[
         streams = "streams apart" if kind.per_stream else "all streams"
         if f"phi_gradient_kernel {streams}" in found:
             continue  # the maps are not in them
-        factors = arch // 10 not in (9, 10)  # factors_in_registers
+        factors = factors_in_registers(arch // 10)
         options, own = {"num_warps": 4, "num_stages": 1}, {"maxnreg": max_registers(n, factors)}
         slab = products | {"BT": backward.PHI_TOKENS, "BC": backward.PHI_CHANNELS}
         found[f"phi_gradient_kernel {streams}"] = Form(backward.phi_gradient_kernel, slab, options)
@@ -84,11 +84,11 @@ def forms(manifold: Manifold | None = None, n: int = 4, arch: int = 90) -> dict[
         tile = products | {"BT": forward.project_tokens(kind.per_stream), "BC": block_channels(n)}
         found[f"project_kernel {streams}"] = Form(forward.project_kernel, tile | alone, options | own)
         found[f"project_kernel of post_res_pre {streams}"] = Form(forward.project_kernel, tile, options | own)
-        each = backward.GRADIENT_TOKENS // (2 if factors else 1)
+        each, warps = backward.gradient_tile(factors)
         tile = products | {"BT": each, "BC": block_channels(n) // 2, "d_x_direct": None}
         unlinked = dict.fromkeys(("h_post_before", "d_f_before"))
         for title, norm in ((streams, WITHOUT_NORM), (f"with norm {streams}", {})):
-            of, options = (backward.stream_gradient_kernel, tile | norm), {"num_warps": each // 8, **own}
+            of, options = (backward.stream_gradient_kernel, tile | norm), {"num_warps": warps, **own}
             found[f"stream_gradient_kernel {title}"] = Form(of[0], of[1] | unlinked, options)
             found[f"stream_gradient_kernel of post_res_pre {title}"] = Form(*of, options)
     return found

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from math import prod
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from cache_model import LINE, Request
+from interpreted import watched
 from numpy.typing import NDArray
 from torch import Tensor
 from triton._C.libtriton.ir import EVICTION_POLICY
@@ -32,16 +34,39 @@ Asked = list[tuple[bool, bool, NDArray[np.int64]]]
 last."""
 
 
+INNER: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
+    "stream_gradient_kernel": lambda given: (-(-given["T"] // given["BT"]), 2),
+}
+"""Of a kernel whose longest axis has several dimensions, the faster ones, given the arguments of a launch."""
+
+
 @dataclass
 class Launch:
-    """axis: the longest of the grid. shape: that axis as several, the fastest last."""
-
     name: str
     arguments: Mapping[str, Any]
     grid: Index
-    axis: int
-    shape: tuple[int, ...]
-    asked: dict[Index, Asked]
+    asked: dict[Index, Asked] = field(default_factory=dict)
+    """Of the programs that ran."""
+
+    @cached_property
+    def axis(self) -> int:
+        """The longest of the grid."""
+        return self.grid.index(max(self.grid))
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """That axis as several, the fastest last."""
+        inner, whole = INNER[self.name](self.arguments) if self.name in INNER else (), max(self.grid)
+        assert whole % prod(inner) == 0, (self.name, self.grid, inner)
+        return whole // prod(inner), *inner
+
+    def chosen(self) -> Iterator[Index]:
+        """The programs that are to run."""
+        along: list[Iterable[int]] = [range(size) for size in self.grid]
+        if self.name not in DIFFERENT:
+            beside = map(self.beside, range(len(self.shape)))
+            along[self.axis] = dict.fromkeys((0, *beside, self.grid[self.axis] - 1))
+        return product(*along)
 
     def programs(self) -> Iterator[list[Request]]:
         """Of all programs, in the order in which a GPU starts them: the first axis is the fastest."""
@@ -76,63 +101,42 @@ class Launch:
                     raise ValueError(f"{self.name}: program {index} of {self.grid} is not like the first one")
 
 
-INNER: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
-    "stream_gradient_kernel": lambda given: (-(-given["T"] // given["BT"]), 2),
-}
-"""Of a kernel whose longest axis has several dimensions, the faster ones, given the arguments of a launch."""
-
-
 class Recorder:
     """Context manager: in it kernels run a few of their programs; `launches` has what they asked for."""
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
-        self.operations: list[object] = []  # of torch: none is recorded
         self._asked: Asked = []
         self._places: dict[int, tuple[Tensor, int]] = {}
         self._end = 0
 
     def __enter__(self) -> Recorder:
-        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-        self._shipped = builder.create_masked_load, builder.create_masked_store, executor.__call__
-        load, store, call = self._shipped
-
-        def recorded_load(b: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-            self._ask(False, pointers, mask, rest)
-            return load(b, pointers, mask, *rest)
-
-        def recorded_store(b: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            self._ask(True, pointers, mask, rest)
-            return store(b, pointers, value, mask, *rest)
-
-        def sampled(run: Any, *positional: Any, **named: Any) -> Any:
-            given = dict(zip(run.arg_names, positional)) | named
-            grid = (*(run.grid(given) if callable(run.grid) else run.grid), 1, 1)[:3]
-            self._place([v for v in given.values() if isinstance(v, Tensor)])
-            launch = Launch(run.fn.__name__, given, grid, grid.index(max(grid)), self._shape(run.fn.__name__, grid, given), {})
-            ids = interpreter.interpreter_builder
-            set_dim, set_idx = ids.set_grid_dim, ids.set_grid_idx
-            run.grid = (1,)
-            try:
-                ids.set_grid_dim = lambda *_: set_dim(*grid)
-                for index in self._chosen(launch):
-                    self._asked = []
-                    ids.set_grid_idx = lambda *_, index=index: set_idx(*index)
-                    call(run, *positional, **named)
-                    launch.asked[index] = self._asked
-            finally:
-                del ids.set_grid_dim, ids.set_grid_idx
-                run.grid = grid
-            if launch.name not in DIFFERENT:
-                launch.check()
-            self.launches.append(launch)
-
-        builder.create_masked_load, builder.create_masked_store, executor.__call__ = recorded_load, recorded_store, sampled
+        self._watched = watched(self._ask, self._run)
+        self._watched.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-        builder.create_masked_load, builder.create_masked_store, executor.__call__ = self._shipped
+        self._watched.__exit__(kind, error, trace)
+
+    def _run(self, executor: Any, arguments: Mapping[str, Any], call: Callable[[], None]) -> None:
+        grid = (*(executor.grid(arguments) if callable(executor.grid) else executor.grid), 1, 1)[:3]
+        self._place([v for v in arguments.values() if isinstance(v, Tensor)])
+        launch = Launch(executor.fn.__name__, arguments, grid)
+        ids = interpreter.interpreter_builder
+        set_dim, set_idx = ids.set_grid_dim, ids.set_grid_idx
+        executor.grid = (1,)
+        try:
+            ids.set_grid_dim = lambda *_: set_dim(*grid)
+            for index in launch.chosen():
+                self._asked = launch.asked[index] = []
+                ids.set_grid_idx = lambda *_, index=index: set_idx(*index)
+                call()
+        finally:
+            del ids.set_grid_dim, ids.set_grid_idx
+            executor.grid = grid
+        if launch.name not in DIFFERENT:
+            launch.check()
+        self.launches.append(launch)
 
     def _place(self, tensors: list[Tensor]) -> None:
         """Where a GPU would have them: at multiples of 512 bytes. They are kept, so that no other comes to lie there."""
@@ -143,31 +147,14 @@ class Recorder:
                 self._end += -(-storage.nbytes() // 512) * 512
         self._begins = sorted(self._places)
 
-    def _ask(self, writes: bool, pointers: Any, mask: Any, rest: Sequence[Any]) -> None:
-        addresses = np.asarray(pointers.data).astype(np.int64)
-        if mask is not None:
-            addresses = addresses[np.broadcast_to(np.asarray(mask.data).astype(bool), addresses.shape)]
-        if addresses.size:
-            dead = EVICTION_POLICY.EVICT_FIRST in rest
+    def _ask(self, writes: bool, found: NDArray[np.int64], pointers: Any, rest: Sequence[Any]) -> None:
+        if found.size:
             size = pointers.dtype.element_ty.primitive_bitwidth // 8
-            found = np.unique(addresses)
             sectors = np.diff(found // 32, prepend=-1) != 0
             ends = np.diff(found, append=found[-1] + 1000) > size
             begin = self._begins[bisect_right(self._begins, int(found[0])) - 1]
-            self._asked.append((writes, dead, found[sectors | ends] - begin + self._places[begin][1]))
-
-    def _shape(self, name: str, grid: Index, given: Mapping[str, Any]) -> tuple[int, ...]:
-        inner = INNER[name](given) if name in INNER else ()
-        assert max(grid) % prod(inner) == 0, (name, grid, inner)
-        return max(grid) // prod(inner), *inner
-
-    @staticmethod
-    def _chosen(launch: Launch) -> Sequence[Index]:
-        chosen: list[Iterable[int]] = [range(size) for size in launch.grid]
-        if launch.name not in DIFFERENT:
-            beside = map(launch.beside, range(len(launch.shape)))
-            chosen[launch.axis] = dict.fromkeys((0, *beside, launch.grid[launch.axis] - 1))
-        return list(product(*chosen))
+            addresses = found[sectors | ends] - begin + self._places[begin][1]
+            self._asked.append((writes, EVICTION_POLICY.EVICT_FIRST in rest, addresses))
 
 
 def _lines(addresses: NDArray[np.int64]) -> list[int]:

@@ -8,15 +8,17 @@ Needs TRITON_INTERPRET=1 before the first import of triton.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from interpreted import watched
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime import interpreter
 
 NO_TRAFFIC = {
     "empty",
@@ -47,64 +49,36 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.operations: list[Launch] = []
-        self._touched: dict[str, list[Any]] | None = None
-        self._arguments: dict[str, Tensor] = {}
+        self._touched: dict[str, list[NDArray[np.int64]]] | None = None
 
     def __enter__(self) -> Traffic:
-        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-        self._shipped = (
-            builder.create_masked_load,
-            builder.create_masked_store,
-            executor.__call__,
-            executor._init_args_hst,
-        )
-        load, store, call, arguments = self._shipped
-
-        def counted_load(b: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-            self._touch("read", pointers, mask)
-            return load(b, pointers, mask, *rest)
-
-        def counted_store(b: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            self._touch("written", pointers, mask)
-            return store(b, pointers, value, mask, *rest)
-
-        def counted_arguments(run: Any, positional: Any, named: Any) -> Any:
-            host, host_named = arguments(run, positional, named)
-            given = dict(zip(run.arg_names, host)) | host_named
-            self._arguments = {k: v for k, v in given.items() if isinstance(v, Tensor)}
-            return host, host_named
-
-        def counted_call(run: Any, *positional: Any, **named: Any) -> Any:
-            self._touched = {"read": [], "written": []}
-            try:
-                return call(run, *positional, **named)
-            finally:
-                self._close(run.fn.__name__)
-
-        builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
-        executor.__call__, executor._init_args_hst = counted_call, counted_arguments
+        self._watched = watched(self._touch, self._run)
+        self._watched.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)
-        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-        builder.create_masked_load, builder.create_masked_store, executor.__call__, executor._init_args_hst = self._shipped
+        self._watched.__exit__(kind, error, trace)
 
-    def _touch(self, direction: str, pointers: Any, mask: Any) -> None:
+    def _touch(self, writes: bool, addresses: NDArray[np.int64], *_: Any) -> None:
         assert self._touched is not None
-        addresses = np.asarray(pointers.data)
-        if mask is not None:
-            addresses = addresses[np.broadcast_to(np.asarray(mask.data).astype(bool), addresses.shape)]
-        self._touched[direction].append(np.unique(addresses))
+        self._touched["written" if writes else "read"].append(addresses)
 
-    def _close(self, name: str) -> None:
+    def _run(self, executor: Any, arguments: Mapping[str, Any], call: Callable[[], None]) -> None:
+        self._touched = {"read": [], "written": []}
+        try:
+            call()
+        finally:
+            self._close(executor.fn.__name__, {k: v for k, v in arguments.items() if isinstance(v, Tensor)})
+
+    def _close(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         assert self._touched is not None
-        launch = Launch(name, shapes={k: tuple(v.shape) for k, v in self._arguments.items()})
+        launch = Launch(name, shapes={k: tuple(v.shape) for k, v in tensors.items()})
         for direction, found in self._touched.items():
             if found:
-                addresses = np.unique(np.concatenate(found)).astype(np.int64)
-                for argument, tensor in self._arguments.items():
+                addresses = np.unique(np.concatenate(found))
+                for argument, tensor in tensors.items():
                     first = tensor.data_ptr()
                     inside = int(((addresses >= first) & (addresses < first + tensor.untyped_storage().nbytes())).sum())
                     if inside:

@@ -27,7 +27,7 @@ def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 @lru_cache
 def meta_widens() -> bool:
-    """Whether a product of 16-bit tensors without data can have an fp32 result: that fails up to torch 2.11, and perhaps later."""
+    """Whether a product of 16-bit tensors without data can have an fp32 result: torch up to 2.12 fails there."""
     with _disable_current_modes():  # a dry run would count it
         wide, half = torch.empty(1, 1, device="meta"), torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
         try:

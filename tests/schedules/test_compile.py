@@ -230,4 +230,4 @@ print(time.process_time() - start, *(m for m in ("torch", "matplotlib", "rich", 
 def test_compile_speed() -> None:
     start = time.process_time()
     compile(build("dualpipe", 64, 256))
-    assert time.process_time() - start < 45  # most of it proves that issued work ends: clocks of 64 ranks for 50,000 instructions
+    assert time.process_time() - start < 30  # most of it proves that issued work ends: clocks of 64 ranks for 50,000 instructions
