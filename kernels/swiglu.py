@@ -26,12 +26,15 @@ def swiglu(h: Tensor, probs: Tensor | None = None) -> Tensor:
     return out.to(h.dtype)
 
 
-def swiglu_backward(
-    d_out: Tensor, h: Tensor, probs: Tensor | None = None, again: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of h [T, 2F] and of probs, from h alone; and with `again` what `swiglu` returned, made once more, to the bit."""
+def swiglu_backward_(d_out: Tensor, h: Tensor, probs: Tensor | None = None, again: bool = False) -> Tensor | None:
+    """Turns h, contiguous [T, 2F], into its gradient, and with `again` d_out, contiguous [T, F], into what `swiglu` returned, made
+    once more, to the bit: a backward has both to spare, and experts hold no second tensor of either size. Returns the gradient of
+    probs.
+
+    A graph that kept h can be differentiated once: a second time torch says that h was modified.
+    """
     if backend_of(h.unsqueeze(1), 1) == "triton":
-        return launch_swiglu_backward(h.contiguous(), None if probs is None else probs.contiguous(), d_out.contiguous(), again)
+        return launch_swiglu_backward(h, None if probs is None else probs.contiguous(), d_out, again)
     wide = coefficient_dtype(h)
     gate, up = h.to(wide).chunk(2, dim=-1)
     silu, d, d_probs = torch.nn.functional.silu(gate), d_out.to(wide), None
@@ -41,8 +44,13 @@ def swiglu_backward(
         d_probs = (d * out).sum(-1).to(probs.dtype)
         d = d * probs.unsqueeze(-1)
         out = out * probs.unsqueeze(-1)
-    d_h = torch.cat((torch.ops.aten.silu_backward(d * up, gate), d * silu), dim=-1).to(h.dtype)
-    return d_h, d_probs, out.to(h.dtype) if again and out is not None else None
+    d_gate, d_up = torch.ops.aten.silu_backward(d * up, gate), d * silu
+    for half, gradient in zip(h.chunk(2, dim=-1), (d_gate, d_up)):
+        half.copy_(gradient)
+    if again:
+        assert out is not None
+        d_out.copy_(out)
+    return d_probs
 
 
 @triton.jit
@@ -66,6 +74,7 @@ def swiglu_kernel(h, probs, out, F, B: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(h, probs, d_out, d_h, d_probs, out, F, B: tl.constexpr):
+    """d_h may be h, and out d_out: what a thread writes, it alone has read before."""
     row = tl.program_id(0).to(tl.int64)
     probability = 1.0
     if probs is not None:
@@ -100,18 +109,19 @@ def launch_swiglu(h: Tensor, probs: Tensor | None) -> Tensor:
 
 
 @launches
-def launch_swiglu_backward(
-    h: Tensor, probs: Tensor | None, d_out: Tensor, again: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`swiglu_backward` in one launch, of contiguous tensors."""
+def launch_swiglu_backward(h: Tensor, probs: Tensor | None, d_out: Tensor, again: bool) -> Tensor | None:
+    """`swiglu_backward_` in one launch."""
+    assert h.is_contiguous() and d_out.is_contiguous()
     rows, width = h.shape[0], h.shape[1] // 2
-    d_h, out = torch.empty_like(h), h.new_empty(rows, width) if again else None
     d_probs = None if probs is None else torch.empty_like(probs)
     if rows:
-        launch(swiglu_backward_kernel, (rows,), h, probs, d_out, d_h, d_probs, out, width, B=_block(width), num_warps=4)
-    return d_h, d_probs, out
+        out = d_out if again else None
+        launch(swiglu_backward_kernel, (rows,), h, probs, d_out, h, d_probs, out, width, B=_block(width), num_warps=4)
+        torch.autograd.graph.increment_version([h, d_out] if again else [h])
+    return d_probs
 
 
 def _block(width: int) -> int:
-    """Channels at a time: eight for each thread of four warps, fewer in a narrow row."""
-    return min(1024, max(16, triton.next_power_of_2(width)))
+    """Channels at a time: eight for each thread of four warps, fewer in a narrow row, and never fewer than threads: where two held
+    one channel, one could read what the other has written in its place."""
+    return min(1024, max(128, triton.next_power_of_2(width)))

@@ -44,7 +44,8 @@ def compile(
     dependence = Dependence(lowered, earliest)
     placed = add_posts(lowered, dependence, earliest, ahead, hosts_wait)
     if hosts_wait:
-        program, clocks = _with_buffers(schedule, placed, Reuse(), ahead + 1)
+        # A pair has two messages for one edge; those before them have left by then, or the next could not leave either.
+        program, clocks = _with_buffers(schedule, placed, Reuse(), spare=2)
         check_hosts_wait(program)
     else:
         try:

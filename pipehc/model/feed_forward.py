@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipehc.kernels.swiglu import swiglu, swiglu_backward
+from pipehc.kernels.swiglu import swiglu, swiglu_backward_
 from pipehc.model.products import grouped_mm
 from pipehc.model.wgrad import Accumulate, Split, open_store, start_gather, start_sum
 
@@ -93,13 +93,14 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
-        x, probs, h, a, ends = ctx.saved_tensors
+        # Detached: W holds them, and would hold the graph that made x, with all the gradients in it.
+        x, probs, h, a, ends = (None if saved is None else saved.detach() for saved in ctx.saved_tensors)
         fc1, fc2, groups = ctx.fc1, ctx.fc2, Groups(ctx.rows, ends)
         dy, gather = start_gather(dy, ctx.split)(), start_gather(x, ctx.split)
-        dh, d_probs, again = swiglu_backward(fc2.backward(dy, groups), h, probs, again=a is None)
-        a = again if a is None else a
-        assert a is not None
-        del h
+        d_a = fc2.backward(dy, groups)
+        d_probs = swiglu_backward_(d_a, h, probs, again=a is None)
+        dh, a = h, d_a if a is None else a
+        del d_a
         x = gather()
         finish = start_sum(fc1.backward(dh, groups), ctx.split) if ctx.needs_input_grad[0] else lambda: None
         parts = [[t.split(list(groups.rows)) for t in factors] for factors in ((dh, x), (dy, a))]

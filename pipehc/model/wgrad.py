@@ -157,6 +157,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
         x, weight = ctx.saved_tensors
+        x = x.detach()  # W holds it, and would hold the graph that made it, with all the gradients in it
         accumulate = ctx.accumulate
 
         gather = start_gather(x, ctx.split)

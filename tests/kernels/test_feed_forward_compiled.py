@@ -36,7 +36,7 @@ for rows in (1, 15, 16, 24577):
     for probs in (None, torch.zeros(rows)):
         for again in (False, True):
             swiglu.swiglu(h, probs)
-            swiglu.swiglu_backward(torch.zeros(rows, 32, dtype=half), h, probs, again)
+            swiglu.swiglu_backward_(torch.zeros(rows, 32, dtype=half), h, probs, again)
     x = torch.zeros(rows, 32, dtype=half, requires_grad=True)
     probs, chosen = routing.choose(torch.zeros(rows, 72, requires_grad=True), torch.zeros(72), 6)
     places = routing.place(chosen, 6)

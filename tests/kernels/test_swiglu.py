@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, TOLERANCE, backend, relative_error
 
-from pipehc.kernels.swiglu import swiglu, swiglu_backward
+from pipehc.kernels.swiglu import swiglu, swiglu_backward_
 
 SHAPES = [(0, 4), (1, 1), (5, 20), (3, 1024), (2, 1100), (7, 33)]
 
@@ -35,9 +35,9 @@ def test_reference_is_the_eager_one_to_the_bit_in_fp32(rows, width, weighted):
     out, d_h, d_probs = plain(h, probs, d_out)
     with backend("reference"):
         assert torch.equal(swiglu(h, probs), out)
-        found = swiglu_backward(d_out, h, probs)
-    assert torch.equal(found[0], d_h) and found[2] is None
-    assert found[1] is None if d_probs is None else torch.equal(found[1], d_probs)
+        found = swiglu_backward_(given := d_out.clone(), h, probs)
+    assert torch.equal(h, d_h) and torch.equal(given, d_out)
+    assert found is None if d_probs is None else torch.equal(found, d_probs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -50,9 +50,9 @@ def test_kernel(rows, width, weighted, dtype):
     wanted = plain(h.double(), None if probs is None else probs.double(), d_out.double())
     for name in ("triton", "reference"):
         with backend(name):
-            found = swiglu(h, probs), *swiglu_backward(d_out, h, probs, again=True)[:2]
-            again = swiglu_backward(d_out, h, probs, again=True)[2]
-        assert torch.equal(found[0], again), name
+            out, d_h, again = swiglu(h, probs), h.clone(), d_out.clone()
+            found = out, d_h, swiglu_backward_(again, d_h, probs, again=True)
+        assert torch.equal(out, again), name
         for got, want in zip(found, wanted):
             if want is not None:
                 assert relative_error(got, want) <= TOLERANCE[dtype], name
@@ -65,5 +65,17 @@ def test_kernel(rows, width, weighted, dtype):
 def test_large_numbers_stay_finite(name):
     h = torch.tensor([[-200.0, 200.0, 3.0, 3.0]], device=DEVICE)
     with backend(name):
-        out, (d_h, _, _) = swiglu(h), swiglu_backward(torch.ones(1, 2, device=DEVICE), h)
-    assert out.tolist() == [[0.0, 600.0]] and d_h.tolist() == [[0.0, 3.0, 0.0, 200.0]]
+        out = swiglu(h)
+        swiglu_backward_(torch.ones(1, 2, device=DEVICE), h)
+    assert out.tolist() == [[0.0, 600.0]] and h.tolist() == [[0.0, 3.0, 0.0, 200.0]]
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_torch_is_told_that_they_are_overwritten(name):
+    h, _, d_out = inputs(3, 8, torch.float32)
+    before = h._version, d_out._version
+    with backend(name):
+        swiglu_backward_(d_out, h)
+        assert h._version > before[0] and d_out._version == before[1]
+        swiglu_backward_(d_out, h, again=True)
+    assert d_out._version > before[1]

@@ -1,12 +1,14 @@
 """Feed-forward networks against autograd's own: equal to the bit in fp32, grouped or not, whatever is made again."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import silu
 
 from pipehc.model.feed_forward import Groups, Projection, feed_forward
 from pipehc.model.products import add_product, meta_widens, product_adds, stacked, why_not_grouped
-from pipehc.model.wgrad import Accumulate, WeightGradStore
+from pipehc.model.wgrad import Accumulate, WeightGradStore, linear
 
 ROWS = (3, 0, 5, 1)
 C, F = 16, 24
@@ -84,6 +86,55 @@ def test_what_is_rebuilt_is_not_kept():
         return sorted(sizes)
 
     assert kept(True) == [(9,), (9, C), (9, 2 * F)] and kept(False) == [(9,), (9, C), (9, F), (9, 2 * F)]
+
+
+class Held:
+    """Something that can be referred to weakly."""
+
+
+class Marked(torch.autograd.Function):
+    """A step of a graph that holds something."""
+
+    @staticmethod
+    def forward(ctx, x, held):
+        ctx.held = held
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@pytest.mark.parametrize("form", ["feed_forward", "rebuild", "linear"])
+def test_weight_gradients_that_wait_hold_no_graph(form):
+    x, probs, dy, w1, w2 = inputs(ROWS)
+    held = Held()
+    alive, store = weakref.ref(held), WeightGradStore()
+    takes = [[Accumulate(torch.zeros_like(part).add_) for part in w] for w in (w1, w2)]
+    with store.deferring():
+        marked = Marked.apply(x.requires_grad_(), held)
+        if form == "linear":
+            y = linear(marked, w1[0, :C].clone().requires_grad_(), Accumulate(torch.zeros(C, C).add_))
+        else:
+            projections = [Projection(list(w), None, into) for w, into in zip((w1, w2), takes)]
+            y = feed_forward(marked, *projections, Groups(ROWS), probs, rebuild=form == "rebuild")
+    del held, marked
+    assert alive() is not None
+    y.backward(dy)
+    del y
+    assert len(store) and alive() is None
+    store.flush()
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_a_second_backward_is_refused(rebuild):
+    """The first has written gradients over what it kept."""
+    x, probs, dy, w1, w2 = inputs(ROWS)
+    projections = [Projection([part.requires_grad_() for part in w.clone()]) for w in (w1, w2)]
+    y = feed_forward(x.requires_grad_(), *projections, Groups(ROWS), probs, rebuild=rebuild)
+    y.backward(dy, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
 
 
 def test_an_input_without_gradient_still_owes_the_weights():

@@ -32,3 +32,8 @@ NORM_FLOPS_PER_CHANNEL = {
     "stream_gradient_kernel": lambda n: 2 * n + 8,
 }
 KERNELS = sorted(FLOPS_PER_CHANNEL.keys() | SUMS)
+OF_CONNECTIONS = set(KERNELS) - {
+    "swiglu_kernel", "swiglu_backward_kernel", "choose_kernel", "choose_backward_kernel", "place_kernel", "spread_kernel",
+    "collect_kernel",
+}  # fmt: skip
+"""Those of hyper-connections."""

@@ -21,6 +21,7 @@ def show(summary: dict[str, Any], plain: dict[str, Any] | None, console: Console
     )
     _memory(summary, console)
     _actions(summary, console)
+    _shares(summary, console)
     _operations(summary, console)
     if summary["step"] is None:
         console.print("\nThe step is not simulated: the ranks that were run do not hold all stages. Leave out --ranks.")
@@ -87,6 +88,20 @@ def _actions(summary: dict[str, Any], console: Console) -> None:
             [],
         ).append(a["stage"])
     for row, stages in sorted(shown.items(), key=lambda item: (item[1][0], "FRBW".index(item[0][0]))):
+        table.add_row(_spans(stages), *row)
+    console.print(table)
+
+
+def _shares(summary: dict[str, Any], console: Console) -> None:
+    table = _table(
+        "\nWhat a stage's device does for one micro-batch, F + R + B + W, roofline ms",
+        "stage", "products", "attention", "hyper-connections", "rest", "in all",
+    )  # fmt: skip
+    shown: dict[tuple[str, ...], list[int]] = {}
+    for found in summary["shares"]:
+        parts = [found[name] for name in ("products", "attention", "connections", "rest")]
+        shown.setdefault(tuple(f"{ms:.2f}" for ms in (*parts, sum(parts))), []).append(found["stage"])
+    for row, stages in shown.items():
         table.add_row(_spans(stages), *row)
     console.print(table)
 

@@ -11,6 +11,7 @@ from pipehc.planning.dry_run.job import Job
 from pipehc.planning.dry_run.operations import Operation
 from pipehc.planning.dry_run.rank_run import RankRun
 from pipehc.planning.dry_run.roofline import Cost, collectives, cost, device_ms
+from pipehc.planning.dry_run.shares import shares
 from pipehc.planning.dry_run.step import Step, model_flops, simulated
 from pipehc.planning.dry_run.tables import Key, NodeWork, actions, phase
 from pipehc.planning.dry_run.warnings import warnings
@@ -85,6 +86,7 @@ def summary(dry: DryRun) -> dict[str, Any]:
         "processes": job.processes,
         "ranks": [_rank(run, dry) for run in dry.runs],
         "actions": [{"stage": stage, "action": kind, **_cost(found)} for (stage, kind), found in dry.table.items()],
+        "shares": [{"stage": stage, **found._asdict()} for stage, found in shares(dry.runs, hardware).items()],
         "operations": _operations(dry),
         "step": None if step is None else _step(dry, step),
     }
