@@ -128,7 +128,7 @@ def test_the_command_prints_what_a_plan_needs(tmp_path, monkeypatch, capsys):
     assert main([*arguments, "--html", str(page)]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
-    for words in ("Peak memory", "kept by F", "NCCL, estimated", "step, simulated", "What the residual costs", "host-bound"):
+    for words in ("Peak memory", "kept by F", "NCCL, estimated", "step, simulated", "What the residual costs", "host-bound", "F + R + B + W"):
         assert words in text
     assert "simulated from a dry run" in page.read_text()
     assert main([*arguments, "--json", "--gpu", "a100", "--ranks", "0"]) == 0
@@ -139,4 +139,10 @@ def test_the_command_prints_what_a_plan_needs(tmp_path, monkeypatch, capsys):
     assert (rank["rank"], rank["mirror"], rank["stages"], rank["fits"]) == (0, 1, [0, 1], True)
     assert sum(rank["bytes"].values()) == rank["peak_bytes"]
     assert {(a["stage"], a["action"]) for a in found["actions"]} == {(s, kind) for s in (0, 1) for kind in "FRBW"}
+    for share in found["shares"]:
+        whole = sum(a["device_ms"] for a in found["actions"] if a["stage"] == share["stage"])
+        parts = {name: ms for name, ms in share.items() if name != "stage"}
+        assert sum(parts.values()) == pytest.approx(whole) and min(parts.values()) > 0, share
+    assert [share["stage"] for share in found["shares"]] == [0, 1]
+    assert all(share["connections"] == 0 < share["attention"] for share in found["plain_residual"]["shares"])
     assert found["step"]["ms"] > found["step"]["pipeline_ms"] > 0
