@@ -168,10 +168,10 @@ class Pass:
                 end = piece.run_backward(gradients, *graph.constants)
                 return lambda: self._give(piece, end())
             with self._backward_scope(piece.node):
-                graph.backward(gradients)
+                found = graph.backward(gradients)
             for name in dropped:
                 self._use_rebuilt(name)
-            self._give(piece, graph.gradients)
+            self._give(piece, found)
             return None
 
         self._run(queue, "B", index, work)

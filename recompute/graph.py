@@ -14,15 +14,18 @@ class Graph(NamedTuple):
     """What a piece needs for its backward. Edges and not tensors: the graph may outlive the data of its results."""
 
     edges: tuple[GradientEdge | None, ...]  # of the outputs
-    gradients: list[torch.Tensor | None]  # of the inputs, once the backward ran; None where not differentiable
+    gradients: list[torch.Tensor | None]  # of the inputs, while the backward runs; None where not differentiable
     constants: tuple[Any, ...] = ()  # of an Exchange: the inputs that are not tensors
 
-    def backward(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Fills `self.gradients`. gradients: of the outputs."""
+    def backward(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients of the inputs, once. gradients: of the outputs."""
         pairs = [(edge, g) for edge, g in zip(self.edges, gradients) if edge is not None and g is not None]
         if pairs:
             edges, seeds = zip(*pairs)
             run_backward(edges, seeds)
+        found = self.gradients.copy()
+        self.gradients.clear()  # a layer whose W waits may hold the graph until then (TransformerEngine's do)
+        return found
 
 
 def run_backward(results: Any, gradients: Any = None) -> None:
