@@ -25,14 +25,14 @@ def assign_slots(
 
 
 class Reuse:
-    """Which buffers may be used again: all that are free where every message has gone through before its rank goes on."""
+    """Which buffers may be used again: all that are free, if no subclass knows better."""
 
     def received(self, rank: int, freed: int, message: Message) -> bool:
         """Whether the receive of `message` may wait for the cell `freed` of its rank."""
         return True
 
-    def sent(self, rank: int, cell: int, message: Message) -> bool:
-        """Whether `cell` of `rank` may wait until the peer has `message`."""
+    def sent(self, rank: int, cell: int, message: Message, flying: int) -> bool:
+        """Whether `cell` of `rank` may wait until the peer has `message`, the first of so many on their way."""
         return True
 
 
@@ -44,8 +44,20 @@ class ReuseByTime(Reuse):
         self._posted = {i.message: earliest[rank][cell] for rank, row in enumerate(rows) for cell, i in row if isinstance(i, Post)}
         self._sent = {i.message: earliest[rank][cell] for rank, row in enumerate(rows) for cell, i in row if isinstance(i, Send)}
 
-    def sent(self, rank: int, cell: int, message: Message) -> bool:
+    def sent(self, rank: int, cell: int, message: Message, flying: int) -> bool:
         return max(self._posted[message], self._sent[message]) < self._earliest[rank][cell]
+
+
+class ReuseWhereHostsWait(ReuseByTime):
+    """All of them: every message has gone through before its rank goes on. Before an edge has `most` send buffers, only those that
+    keep nobody waiting, if all cells take the same time."""
+
+    def __init__(self, rows: Sequence[Sequence[Placed]], earliest: Sequence[Sequence[int]], most: int) -> None:
+        super().__init__(rows, earliest)
+        self._most = most
+
+    def sent(self, rank: int, cell: int, message: Message, flying: int) -> bool:
+        return flying >= self._most or super().sent(rank, cell, message, flying)
 
 
 class ReuseByDependence(Reuse):
@@ -60,7 +72,7 @@ class ReuseByDependence(Reuse):
         # Of the cell that makes the message, too, a part may come after it.
         return self._dependence.last[rank][freed][message.source] < self._dependence.made[message]
 
-    def sent(self, rank: int, cell: int, message: Message) -> bool:
+    def sent(self, rank: int, cell: int, message: Message, flying: int) -> bool:
         return self._dependence.last[rank][cell][message.target] >= self._posted[message]
 
 
@@ -85,7 +97,7 @@ def _slots_of(
             message = instruction.message
             edge = message.source, message.target
             queue = flying.setdefault(edge, deque())
-            again = len(queue) >= spare and reuse.sent(rank, cell, queue[0][1])
+            again = len(queue) >= spare and reuse.sent(rank, cell, queue[0][1], len(queue))
             slot = queue.popleft()[0] if again else _new(size, edge)
             queue.append((slot, message))
             instruction = instruction._replace(slot=slot)

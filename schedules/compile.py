@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipehc.schedules.actions import Action, Pair, flatten
-from pipehc.schedules.buffers import Reuse, ReuseByDependence, ReuseByTime, add_events, assign_slots
+from pipehc.schedules.buffers import Reuse, ReuseByDependence, ReuseByTime, ReuseWhereHostsWait, add_events, assign_slots
 from pipehc.schedules.check import check
 from pipehc.schedules.dependence import Dependence
 from pipehc.schedules.issued import Clocks, check_hosts_wait
@@ -44,8 +44,8 @@ def compile(
     dependence = Dependence(lowered, earliest)
     placed = add_posts(lowered, dependence, earliest, ahead, hosts_wait)
     if hosts_wait:
-        # A pair has two messages for one edge; those before them have left by then, or the next could not leave either.
-        program, clocks = _with_buffers(schedule, placed, Reuse(), spare=2)
+        reuse = ReuseWhereHostsWait(placed, earliest, most=ahead + 1)
+        program, clocks = _with_buffers(schedule, placed, reuse, spare=2)  # a pair has two messages for one edge
         check_hosts_wait(program)
     else:
         try:
