@@ -74,7 +74,7 @@ def swiglu_kernel(h, probs, out, F, B: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(h, probs, d_out, d_h, d_probs, out, F, B: tl.constexpr):
-    """d_h may be h, and out d_out: what a thread writes, it alone has read before."""
+    """d_h may be h, and out d_out."""
     row = tl.program_id(0).to(tl.int64)
     probability = 1.0
     if probs is not None:
@@ -89,6 +89,7 @@ def swiglu_backward_kernel(h, probs, d_out, d_h, d_probs, out, F, B: tl.constexp
         sigmoid = tl.sigmoid(gate)
         sums += grad * (gate * sigmoid * up)
         grad *= probability
+        tl.debug_barrier()  # what is written in the place of what is read: by another thread, where rows are not aligned
         store_rounded(d_h + row * (2 * F) + c, grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), inside)
         store_rounded(d_h + row * (2 * F) + F + c, grad * (gate * sigmoid), inside)
         if out is not None:
@@ -122,6 +123,5 @@ def launch_swiglu_backward(h: Tensor, probs: Tensor | None, d_out: Tensor, again
 
 
 def _block(width: int) -> int:
-    """Channels at a time: eight for each thread of four warps, fewer in a narrow row, and never fewer than threads: where two held
-    one channel, one could read what the other has written in its place."""
-    return min(1024, max(128, triton.next_power_of_2(width)))
+    """Channels at a time: eight for each thread of four warps, fewer in a narrow row."""
+    return min(1024, max(16, triton.next_power_of_2(width)))

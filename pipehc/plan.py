@@ -18,9 +18,10 @@ from rich.table import Table
 from pipehc.comm.environment import quiet_libraries
 from pipehc.config.loading import add_config_arguments, check_world_size, run_with_config
 from pipehc.config.schema import Config
+from pipehc.config.strict_yaml import ConfigError
 from pipehc.planning import parameters
 from pipehc.planning.activations import planned
-from pipehc.planning.dry_run import command
+from pipehc.planning.dry_run import command, recomputation
 from pipehc.planning.notes import human, live_microbatches, mebibytes, notes
 from pipehc.planning.search import question
 
@@ -124,11 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     dry = parser.add_argument_group("dry run", "memory, time and costs of the real program, run without GPU and data")
     dry.add_argument("--dry-run", action="store_true", help="make one")
+    dry.add_argument("--recomputation", action="store_true", help="compare every choice of the section recompute instead")
     command.add_arguments(dry)
     question.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
 
     def body(config: Config) -> int:
+        if args.recomputation and not args.dry_run:
+            raise ConfigError("--recomputation: only with --dry-run")
         if question.asked(args):
             return _search(config, args)
         if args.dry_run:
@@ -145,6 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dry_run(config: Config, args: argparse.Namespace) -> int:
     asked = command.asked(args, config.parallel.pp, "parallel.pp")
+    memory = question.memory(args)
+    for name in ("ranks", "html", "costs") if args.recomputation else ():
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} {getattr(args, name)}: not with --recomputation")
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
@@ -161,6 +169,16 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
             assert dry.step is not None, "every stage was run"
             costs = dry.step.costs
         command.write_costs(costs, args.costs)
+        return 0
+    if args.recomputation:
+        from pipehc.planning.dry_run.summary import summary
+
+        configs = recomputation.choices(config)
+        rows = recomputation.rows(configs, [*map(summary, dry_runs(configs, asked.hardware, None, asked.imbalance))], memory)
+        if args.json:
+            print(json.dumps({"gpu": asked.hardware.name, "choices": rows, "fastest": recomputation.best(rows)}, indent=2))
+        else:
+            recomputation.show(rows, asked.hardware.name, memory, _console())
         return 0
     configs = [config] if config.residual.kind == "none" else [config, plain(config)]
     found = dry_runs(configs, asked.hardware, asked.ranks, asked.imbalance)
@@ -179,11 +197,15 @@ def _search(config: Config, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_data(found, wanted), indent=2))
     else:
-        # A pipe or a file has no width of its own: rich would take 80 columns.
-        show_layouts(as_data(found, wanted), Console(highlight=False, width=None if sys.stdout.isatty() else 100))
+        show_layouts(as_data(found, wanted), _console())
     if wanted.write is not None:
         question.write(found.fitting[0].config, wanted.write)
     return 0
+
+
+def _console() -> Console:
+    """A pipe or a file has no width of its own: rich would take 80 columns."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def _join(numbers: Sequence[int]) -> str:

@@ -45,7 +45,8 @@ def compile(
     placed = add_posts(lowered, dependence, earliest, ahead, hosts_wait)
     if hosts_wait:
         reuse = ReuseWhereHostsWait(placed, earliest, most=ahead + 1)
-        program, clocks = _with_buffers(schedule, placed, reuse, spare=2)  # a pair has two messages for one edge
+        # A pair has two messages for one edge. What evaluations send is little of what memory there is.
+        program, clocks = _with_buffers(schedule, placed, reuse, ahead + 1 if schedule.forward_only else 2)
         check_hosts_wait(program)
     else:
         try:

@@ -131,6 +131,7 @@ BROKEN = {
     "memory in words": (("--gpus", "2", "--memory", "much"), "--memory much: must be"),
     "memory nan": (("--gpus", "2", "--memory", "nan"), "--memory nan: must be"),
     "no gpus": ((), "--search: needs --gpus N"),
+    "with recomputation": (("--gpus", "2", "--recomputation"), "--recomputation: "),
     "with a dry run": (("--gpus", "2", "--dry-run"), "--dry-run: not with --search"),
     "unknown gpu": (("--gpus", "2", "--gpu", "x100"), "--gpu x100: no such GPU"),
     "imbalance": (("--gpus", "2", "--imbalance", "0.5"), "--imbalance 0.5: must be a number from 1 on"),

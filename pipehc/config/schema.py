@@ -139,10 +139,13 @@ class ScheduleConfig(Section):
     deferred: Annotated[tuple[Literal["attention", "ffn"], ...], AsTuple] | None = None  # whose weight gradients I leaves to W
 
 
+Module = Literal["swiglu", "mla_up_proj"]
+
+
 class RecomputeConfig(Section):
     enabled: bool = False
     block: Size | None = None  # sub-layers; None: all of a stage
-    modules: Annotated[tuple[Literal["swiglu", "mla_up_proj"], ...], AsTuple] = ()  # of attention and FFN; whether enabled or not
+    modules: Annotated[tuple[Module, ...], AsTuple] = ()  # of attention and FFN; whether enabled or not
 
 
 class DataConfig(Section):

@@ -50,6 +50,10 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path, capsys, words):
         (("--ranks", "first"), "--ranks first: must be pipeline ranks from 0 to parallel.pp - 1 = 3, with commas between them"),
         (("--ranks", "0,4"), "--ranks 0,4: must be pipeline ranks from 0 to parallel.pp - 1 = 3"),
         (("--imbalance", "0.5"), "--imbalance 0.5: must be a number from 1 on"),
+        (("--recomputation", "--ranks", "0"), "--ranks 0: not with --recomputation"),
+        (("--recomputation", "--html", "x.html"), "--html x.html: not with --recomputation"),
+        (("--recomputation", "--memory", "-1"), "--memory -1: must be a number of GiB above 0"),
+        (("--memory", "80"), "--memory 80: only with --search or --recomputation"),
     ],
 )
 def test_broken_questions(capsys, arguments, words):

@@ -26,14 +26,14 @@ class Shares(NamedTuple):
 
 def shares(runs: Sequence[RankRun], hardware: Hardware) -> dict[int, Shares]:
     """By stage."""
+    nodes = {key: found for run in runs for key, found in actions(run.launches).items()}  # each once, whoever holds it
     totals: dict[int, Counter[str]] = {}
-    for run in runs:
-        for (stage, _), nodes in actions(run.launches).items():
-            total = totals.setdefault(stage, Counter())
-            for node in nodes:
-                for operation, n in node.work.items():
-                    if operation.sort not in ("communication", "tensor parallel"):
-                        total[_share(operation)] += n * device_ms(operation, hardware)  # type: ignore[assignment]
+    for (stage, _), found in nodes.items():
+        total = totals.setdefault(stage, Counter())
+        for node in found:
+            for operation, n in node.work.items():
+                if operation.sort not in ("communication", "tensor parallel"):
+                    total[_share(operation)] += n * device_ms(operation, hardware)  # type: ignore[assignment]
     return {stage: Shares(*(float(total[name]) for name in Shares._fields)) for stage, total in sorted(totals.items())}
 
 
