@@ -128,7 +128,8 @@ def test_the_command_prints_what_a_plan_needs(tmp_path, monkeypatch, capsys):
     assert main([*arguments, "--html", str(page)]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
-    for words in ("Peak memory", "kept by F", "NCCL, estimated", "step, simulated", "What the residual costs", "host-bound", "F + R + B + W"):
+    tables = "Peak memory", "kept by F", "NCCL, estimated", "F + R + B + W", "step, simulated", "What the residual costs"
+    for words in (*tables, "host-bound"):
         assert words in text
     assert "simulated from a dry run" in page.read_text()
     assert main([*arguments, "--json", "--gpu", "a100", "--ranks", "0"]) == 0
