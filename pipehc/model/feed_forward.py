@@ -93,8 +93,8 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
-        # Detached: W holds them, and would hold the graph that made x, with all the gradients in it.
-        x, probs, h, a, ends = (None if saved is None else saved.detach() for saved in ctx.saved_tensors)
+        x, probs, h, a, ends = ctx.saved_tensors
+        x = x.detach()  # W holds it, and would hold the graph that made it, with all the gradients in it
         fc1, fc2, groups = ctx.fc1, ctx.fc2, Groups(ctx.rows, ends)
         dy, gather = start_gather(dy, ctx.split)(), start_gather(x, ctx.split)
         d_a = fc2.backward(dy, groups)
