@@ -118,7 +118,8 @@ def launch_swiglu_backward(h: Tensor, probs: Tensor | None, d_out: Tensor, again
     if rows:
         out = d_out if again else None
         launch(swiglu_backward_kernel, (rows,), h, probs, d_out, h, d_probs, out, width, B=_block(width), num_warps=4)
-        torch.autograd.graph.increment_version([h, d_out] if again else [h])
+        for written in (h, d_out) if again else (h,):
+            torch.autograd.graph.increment_version(written)
     return d_probs
 
 
