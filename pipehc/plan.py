@@ -18,7 +18,6 @@ from rich.table import Table
 from pipehc.comm.environment import quiet_libraries
 from pipehc.config.loading import add_config_arguments, check_world_size, run_with_config
 from pipehc.config.schema import Config
-from pipehc.config.strict_yaml import ConfigError
 from pipehc.planning import parameters
 from pipehc.planning.activations import planned
 from pipehc.planning.dry_run import command, recomputation
@@ -125,14 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     dry = parser.add_argument_group("dry run", "memory, time and costs of the real program, run without GPU and data")
     dry.add_argument("--dry-run", action="store_true", help="make one")
-    dry.add_argument("--recomputation", action="store_true", help="compare every choice of the section recompute instead")
+    recomputation.add_arguments(dry)
     command.add_arguments(dry)
     question.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
 
     def body(config: Config) -> int:
-        if args.recomputation and not args.dry_run:
-            raise ConfigError("--recomputation: only with --dry-run")
+        recomputation.check(args)
         if question.asked(args):
             return _search(config, args)
         if args.dry_run:
@@ -150,9 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dry_run(config: Config, args: argparse.Namespace) -> int:
     asked = command.asked(args, config.parallel.pp, "parallel.pp")
     memory = question.memory(args)
-    for name in ("ranks", "html", "costs") if args.recomputation else ():
-        if getattr(args, name) is not None:
-            raise ConfigError(f"--{name} {getattr(args, name)}: not with --recomputation")
     quiet_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: whether there is a GPU must not matter
     # Torch and Megatron take seconds to import: a wrong question should not have to wait for them.
@@ -178,7 +173,7 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"gpu": asked.hardware.name, "choices": rows, "fastest": recomputation.best(rows)}, indent=2))
         else:
-            recomputation.show(rows, asked.hardware.name, memory, _console())
+            recomputation.show(rows, asked.hardware.name, memory, command.console())
         return 0
     configs = [config] if config.residual.kind == "none" else [config, plain(config)]
     found = dry_runs(configs, asked.hardware, asked.ranks, asked.imbalance)
@@ -197,15 +192,10 @@ def _search(config: Config, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_data(found, wanted), indent=2))
     else:
-        show_layouts(as_data(found, wanted), _console())
+        show_layouts(as_data(found, wanted), command.console())
     if wanted.write is not None:
         question.write(found.fitting[0].config, wanted.write)
     return 0
-
-
-def _console() -> Console:
-    """A pipe or a file has no width of its own: rich would take 80 columns."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def _join(numbers: Sequence[int]) -> str:

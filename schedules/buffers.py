@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -12,28 +13,29 @@ from pipehc.schedules.schedule import Schedule
 
 
 def assign_slots(
-    schedule: Schedule, rows: Sequence[Sequence[Placed]], reuse: Reuse, spare: int
+    schedule: Schedule, rows: Sequence[Sequence[Placed]], reuse: Reuse, spare: int, most: int | None = None
 ) -> list[list[Instruction]]:
     """Gives every message of every rank a slot; slots of an edge are used in turn.
 
     A receive buffer is free after the weight gradient that reads it (the forward, if there is no backward). A send buffer is free
     when the peer has the data; `spare` sends of an edge stay in flight in any case.
 
-    Whoever uses a buffer again waits for that. reuse: where that is safe.
+    Whoever uses a buffer again waits for that. reuse: where that is safe; for a send where there are `most` already it is safe in
+    any case.
     """
-    return [_slots_of(schedule, rank, row, reuse, spare) for rank, row in enumerate(rows)]
+    return [_slots_of(schedule, rank, row, reuse, spare, most) for rank, row in enumerate(rows)]
 
 
-class Reuse:
-    """Which buffers may be used again: all that are free, if no subclass knows better."""
+class Reuse(ABC):
+    """Which buffers may be used again."""
 
     def received(self, rank: int, freed: int, message: Message) -> bool:
         """Whether the receive of `message` may wait for the cell `freed` of its rank."""
         return True
 
-    def sent(self, rank: int, cell: int, message: Message, flying: int) -> bool:
-        """Whether `cell` of `rank` may wait until the peer has `message`, the first of so many on their way."""
-        return True
+    @abstractmethod
+    def sent(self, rank: int, cell: int, message: Message) -> bool:
+        """Whether `cell` of `rank` may wait until the peer has `message`."""
 
 
 class ReuseByTime(Reuse):
@@ -44,20 +46,8 @@ class ReuseByTime(Reuse):
         self._posted = {i.message: earliest[rank][cell] for rank, row in enumerate(rows) for cell, i in row if isinstance(i, Post)}
         self._sent = {i.message: earliest[rank][cell] for rank, row in enumerate(rows) for cell, i in row if isinstance(i, Send)}
 
-    def sent(self, rank: int, cell: int, message: Message, flying: int) -> bool:
+    def sent(self, rank: int, cell: int, message: Message) -> bool:
         return max(self._posted[message], self._sent[message]) < self._earliest[rank][cell]
-
-
-class ReuseWhereHostsWait(ReuseByTime):
-    """All of them: every message has gone through before its rank goes on. Before an edge has `most` send buffers, only those that
-    keep nobody waiting, if all cells take the same time."""
-
-    def __init__(self, rows: Sequence[Sequence[Placed]], earliest: Sequence[Sequence[int]], most: int) -> None:
-        super().__init__(rows, earliest)
-        self._most = most
-
-    def sent(self, rank: int, cell: int, message: Message, flying: int) -> bool:
-        return flying >= self._most or super().sent(rank, cell, message, flying)
 
 
 class ReuseByDependence(Reuse):
@@ -72,12 +62,12 @@ class ReuseByDependence(Reuse):
         # Of the cell that makes the message, too, a part may come after it.
         return self._dependence.last[rank][freed][message.source] < self._dependence.made[message]
 
-    def sent(self, rank: int, cell: int, message: Message, flying: int) -> bool:
+    def sent(self, rank: int, cell: int, message: Message) -> bool:
         return self._dependence.last[rank][cell][message.target] >= self._posted[message]
 
 
 def _slots_of(
-    schedule: Schedule, rank: int, row: Sequence[Placed], reuse: Reuse, spare: int
+    schedule: Schedule, rank: int, row: Sequence[Placed], reuse: Reuse, spare: int, most: int | None
 ) -> list[Instruction]:
     last_use = "F" if schedule.forward_only else "W"
     free: dict[Edge, deque[tuple[int, int]]] = {}  # slot, the cell that freed it
@@ -97,7 +87,8 @@ def _slots_of(
             message = instruction.message
             edge = message.source, message.target
             queue = flying.setdefault(edge, deque())
-            again = len(queue) >= spare and reuse.sent(rank, cell, queue[0][1], len(queue))
+            full = most is not None and len(queue) >= most
+            again = len(queue) >= spare and (full or reuse.sent(rank, cell, queue[0][1]))
             slot = queue.popleft()[0] if again else _new(size, edge)
             queue.append((slot, message))
             instruction = instruction._replace(slot=slot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipehc.schedules.actions import Action, Pair, flatten
-from pipehc.schedules.buffers import Reuse, ReuseByDependence, ReuseByTime, ReuseWhereHostsWait, add_events, assign_slots
+from pipehc.schedules.buffers import Reuse, ReuseByDependence, ReuseByTime, add_events, assign_slots
 from pipehc.schedules.check import check
 from pipehc.schedules.dependence import Dependence
 from pipehc.schedules.issued import Clocks, check_hosts_wait
@@ -44,9 +44,10 @@ def compile(
     dependence = Dependence(lowered, earliest)
     placed = add_posts(lowered, dependence, earliest, ahead, hosts_wait)
     if hosts_wait:
-        reuse = ReuseWhereHostsWait(placed, earliest, most=ahead + 1)
-        # A pair has two messages for one edge. What evaluations send is little of what memory there is.
-        program, clocks = _with_buffers(schedule, placed, reuse, ahead + 1 if schedule.forward_only else 2)
+        # Every message has gone through before its rank goes on, so any buffer is safe; by time, nobody is kept waiting for one. A
+        # pair has two messages for one edge. What evaluations send is little of what memory there is.
+        spare = ahead + 1 if schedule.forward_only else 2
+        program, clocks = _with_buffers(schedule, placed, ReuseByTime(placed, earliest), spare, most=ahead + 1)
         check_hosts_wait(program)
     else:
         try:
@@ -56,8 +57,10 @@ def compile(
     return replace(program, reductions=reductions(program, clocks, hosts_wait))
 
 
-def _with_buffers(schedule: Schedule, rows: list[list[Placed]], reuse: Reuse, spare: int) -> tuple[Program, Clocks]:
-    slots = assign_slots(schedule, rows, reuse, spare)
+def _with_buffers(
+    schedule: Schedule, rows: list[list[Placed]], reuse: Reuse, spare: int, most: int | None = None
+) -> tuple[Program, Clocks]:
+    slots = assign_slots(schedule, rows, reuse, spare, most)
     program = Program(schedule, tuple(add_events(schedule, row) for row in slots))
     return program, verify(program)
 

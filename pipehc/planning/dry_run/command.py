@@ -79,8 +79,12 @@ def show(found: DryRun, plain: DryRun | None, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result | {"plain_residual": without}, indent=2))
     else:
-        # A pipe or a file has no width of its own: rich would take 80 columns.
-        show_tables(result, without, Console(highlight=False, width=None if sys.stdout.isatty() else 100))
+        show_tables(result, without, console())
+
+
+def console() -> Console:
+    """For tables. A pipe or a file has no width of its own: rich would take 80 columns."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def write_costs(costs: Costs, path: str) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, get_args
@@ -13,8 +14,22 @@ from rich.console import Console
 from rich.table import Table
 
 from pipehc.config.schema import Config, Module
+from pipehc.config.strict_yaml import ConfigError
 
 GIB = 2**30
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--recomputation", action="store_true", help="compare every choice of the section recompute instead")
+
+
+def check(args: argparse.Namespace) -> None:
+    """ConfigError for the flag without a dry run, and for others with it."""
+    if args.recomputation and not args.dry_run:
+        raise ConfigError("--recomputation: only with --dry-run")
+    for name in ("ranks", "html", "costs") if args.recomputation else ():
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} {getattr(args, name)}: not with --recomputation")
 
 
 def choices(config: Config) -> list[Config]:

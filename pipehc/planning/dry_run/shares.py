@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pipehc.planning.dry_run.hardware import Hardware
 from pipehc.planning.dry_run.kernels import OF_CONNECTIONS
 from pipehc.planning.dry_run.operations import Operation
-from pipehc.planning.dry_run.rank_run import RankRun
 from pipehc.planning.dry_run.roofline import device_ms
-from pipehc.planning.dry_run.tables import actions
+from pipehc.planning.dry_run.tables import Key, NodeWork
 
 
 class Shares(NamedTuple):
@@ -24,9 +23,8 @@ class Shares(NamedTuple):
     rest: float
 
 
-def shares(runs: Sequence[RankRun], hardware: Hardware) -> dict[int, Shares]:
+def shares(nodes: Mapping[Key, Sequence[NodeWork]], hardware: Hardware) -> dict[int, Shares]:
     """By stage."""
-    nodes = {key: found for run in runs for key, found in actions(run.launches).items()}  # each once, whoever holds it
     totals: dict[int, Counter[str]] = {}
     for (stage, _), found in nodes.items():
         total = totals.setdefault(stage, Counter())

@@ -22,12 +22,14 @@ ORDER = "FRBW"
 
 
 class DryRun(NamedTuple):
-    """Of one job. runs: of the ranks that were run. step: None where they do not hold all stages between them."""
+    """Of one job. runs: of the ranks that were run. nodes: what their stages launch. step: None where they do not hold all
+    stages between them."""
 
     job: Job
     hardware: Hardware
     runs: Sequence[RankRun]
     program: Program
+    nodes: Mapping[Key, Sequence[NodeWork]]
     table: Mapping[Key, Cost]
     step: Step | None
 
@@ -48,7 +50,7 @@ def assemble(job: Job, hardware: Hardware, runs: Sequence[RankRun], program: Pro
         optimizer = max(_optimizer_ms(run, job, hardware) for run in runs)
         sums = max(_sums_ms(run, job, hardware) for run in runs)
         step = simulated(program, costs, job.message_bytes, link, sums, optimizer, job.at_once)
-    return DryRun(job, hardware, runs, program, table, step)
+    return DryRun(job, hardware, runs, program, nodes, table, step)
 
 
 def sum_of(costs: Sequence[Cost]) -> Cost:
@@ -86,7 +88,7 @@ def summary(dry: DryRun) -> dict[str, Any]:
         "processes": job.processes,
         "ranks": [_rank(run, dry) for run in dry.runs],
         "actions": [{"stage": stage, "action": kind, **_cost(found)} for (stage, kind), found in dry.table.items()],
-        "shares": [{"stage": stage, **found._asdict()} for stage, found in shares(dry.runs, hardware).items()],
+        "shares": [{"stage": stage, **found._asdict()} for stage, found in shares(dry.nodes, hardware).items()],
         "operations": _operations(dry),
         "step": None if step is None else _step(dry, step),
     }

@@ -33,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def asked(args: argparse.Namespace) -> bool:
     """Whether there is a search to make. Raises ConfigError for its arguments without it, or others with it."""
-    given = [name for name in ("gpus", "memory", "write") if getattr(args, name) is not None]
-    given = [name for name in given if not (args.recomputation and name == "memory")]
+    own = ("gpus", "write") if args.recomputation else ("gpus", "memory", "write")
+    given = [name for name in own if getattr(args, name) is not None]
     if given and not args.search:
         also = " or --recomputation" if given[0] == "memory" else ""
         raise ConfigError(f"--{given[0]} {getattr(args, given[0])}: only with --search{also}")
-    for name in ("dry_run", "recomputation", "ranks", "html") if args.search else ():
+    for name in ("dry_run", "ranks", "html") if args.search else ():
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')}: not with --search")
     return args.search
